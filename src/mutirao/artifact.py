@@ -15,7 +15,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,11 @@ class Manifest(Config):
 def canonical_json(value: Any) -> bytes:
     """Return the one JSON text of a value: sorted keys, no spaces, UTF-8."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a relative name with '/' stays inside the folder it is joined to."""
+    return not any(part in ("", ".", "..") for part in name.split("/")) and "\0" not in name
 
 
 def sha256_of_file(path: Path) -> str:
@@ -157,14 +162,16 @@ def write_artifact(
     path = path.resolve()
     with explain_disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+        partial = Path(
+            tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+        )
         try:
             partial.chmod(0o755)
             writer = ArtifactWriter(partial, path)
             yield writer
             manifest = Manifest(
                 kind=kind,
-                created_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                created_at=datetime.now(UTC).isoformat(timespec="seconds"),
                 seed=seed,
                 recipe=dict(recipe or {}),
                 parents=writer.parents,
@@ -192,7 +199,7 @@ def read_manifest(path: Path) -> Manifest:
             f"{path} is not a finished artifact: it has no {MANIFEST_NAME}; "
             "run the step that makes it again"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{manifest_path} cannot be read: {error}") from None
     version = document.get("schema_version") if isinstance(document, dict) else None
     if version != SCHEMA_VERSION:
@@ -221,8 +228,10 @@ def open_artifact(path: Path, kind: str | None = None) -> Manifest:
     if kind is not None and manifest.kind != kind:
         raise ArtifactError(f"{path} holds {manifest.kind!r} (expected {kind!r})")
     for name, entry in manifest.files.items():
+        if not is_plain_name(name):
+            raise ArtifactError(f"{path} is damaged: its manifest names a file {name[:80]!r}")
         file_path = path / name
-        if not file_path.is_file():
+        if not os.path.isfile(file_path):  # unlike Path's, False for a name that is too long
             raise ArtifactError(f"{path} is damaged: {name} is missing; make the artifact again")
         size_bytes = file_path.stat().st_size
         if size_bytes != entry.size_bytes:
@@ -274,7 +283,7 @@ def _list_files(folder: Path) -> dict[str, FileEntry]:
             size_bytes=file.stat().st_size, sha256=sha256_of_file(file)
         )
         for file in files
-        if file.name != MANIFEST_NAME
+        if file != folder / MANIFEST_NAME
     }
 
 

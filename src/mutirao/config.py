@@ -60,9 +60,63 @@ def parse_recipe(kind: type[C], document: dict[str, Any], origin: str = "recipe"
         raise RecipeError(f"{origin}: {problems}") from None
 
 
+def load_json(kind: type[C], path: Path) -> C:
+    """Read a configuration that one of our own processes wrote as JSON.
+
+    Raises:
+        RecipeError: the file is missing, is not JSON, or does not fit.
+    """
+    try:
+        document = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise RecipeError(f"{path} cannot be read: {error}") from None
+    return parse_recipe(kind, document, origin=str(path))
+
+
 def recipe_schema(kind: type[Config]) -> dict[str, Any]:
     """Return the recipe's JSON schema, with descriptions and defaults."""
     return kind.model_json_schema()
+
+
+def recipe_template(recipe: Config) -> str:
+    """Return a recipe as a TOML text that explains every key, and loads back as the same."""
+    return "\n".join(_template_lines(recipe, "")).strip() + "\n"
+
+
+def _template_lines(config: Config, prefix: str) -> list[str]:
+    """Lines of one table: its plain values first, as TOML wants, then the tables inside it."""
+    plain: list[str] = []
+    tables: list[str] = []
+    for name, field in type(config).model_fields.items():
+        value = getattr(config, name)
+        comment = [f"# {line}" for line in (field.description or "").splitlines()]
+        if isinstance(value, Config):
+            tables += [
+                "",
+                *comment,
+                f"[{prefix}{name}]",
+                *_template_lines(value, f"{prefix}{name}."),
+            ]
+        elif isinstance(value, tuple) and value and isinstance(value[0], Config):
+            tables += ["", *comment]
+            for each in value:
+                tables += [f"[[{prefix}{name}]]", *_template_lines(each, f"{prefix}{name}."), ""]
+        elif isinstance(value, dict):
+            pairs = ", ".join(
+                f"{_toml_text(key)} = {_toml_text(each)}" for key, each in value.items()
+            )
+            plain += [*comment, f"{name} = {{{pairs}}}"]
+        elif value is not None:
+            plain += [*comment, f"{name} = {_toml_text(value)}"]
+    return plain + tables
+
+
+def _toml_text(value: Any) -> str:
+    """One value as TOML; JSON's strings, numbers, booleans and lists are TOML's too."""
+    if isinstance(value, tuple | list | set | frozenset):
+        return "[" + ", ".join(_toml_text(item) for item in value) + "]"
+    # DEL is the one character that JSON leaves as it is and TOML wants escaped.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -76,7 +130,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise RecipeError(f"recipe {path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise RecipeError(f"recipe {path} is not UTF-8 text; recipes are TOML files") from None
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise RecipeError(f"recipe {path} is not valid TOML: {error}") from None
 
 

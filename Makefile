@@ -1,0 +1,58 @@
+# Every target does its own set-up: a virtual environment in .venv, installed once for each
+# change of pyproject.toml or constraints.txt. Needs Python 3.11 or newer with pip and venv.
+#
+#   PYTHON       the Python to use                       (default: python3)
+#   TORCH_INDEX  PyTorch's package index for the CPU build, where the default index would
+#                bring CUDA: TORCH_INDEX=https://download.pytorch.org/whl/cpu make demo
+#   ARGS         passed on to `mutirao demo`, for example ARGS="--silo a=/x --silo b=/y"
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX),)
+CONSTRAINTS := $(CURDIR)/constraints.txt
+
+.PHONY: help demo test test-slow check fmt bench bench-demo bench-outcome clean
+.DEFAULT_GOAL := help
+
+help:  ## say what can be made
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Mutirão needs Python 3.11 or newer; name one with PYTHON=..."; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(INDEX) -c $(CONSTRAINTS) torch
+	PIP_CONSTRAINT=$(CONSTRAINTS) $(BIN)/python -m pip install --quiet $(INDEX) -e '.[dev]'
+	@touch $@
+
+demo: $(INSTALLED)  ## the whole road on real text and a real model
+	$(BIN)/mutirao demo $(ARGS)
+
+test: $(INSTALLED)  ## the tests, without the slow ones
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: $(INSTALLED)  ## the slow tests: the demonstration itself, faults in mid-run
+	$(BIN)/python -m pytest -m "slow" --timeout 1800
+
+check: $(INSTALLED)  ## formatting, lints, types, import layers
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+fmt: $(INSTALLED)  ## format and mend what can be mended
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: bench-demo bench-outcome  ## all benchmarks
+
+bench-demo: $(INSTALLED)  ## time and memory of the demonstration, anew, several runs
+	$(BIN)/python benchmarks/bench_demo.py
+
+bench-outcome: $(INSTALLED)  ## AUROC per hospital on four real hospitals, before and after
+	$(BIN)/python benchmarks/bench_outcome.py
+
+clean:  ## remove what was built; downloads and runs under MUTIRAO_HOME stay
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

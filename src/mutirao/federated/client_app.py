@@ -1,0 +1,51 @@
+"""The site's Flower ClientApp: takes a request, has the site answer it, logs what leaves.
+
+Started anew by the SuperNode for every message. Which site it is, and where its data
+lies, it reads from the site's own file, named in the SuperNode's node configuration; the
+coordinator cannot name paths.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from mutirao.config import load_json
+from mutirao.environment import silence
+from mutirao.errors import MutiraoError
+from mutirao.federated.journal import SiteJournal
+from mutirao.federated.messages import count_bytes, pack_error, pack_reply, unpack_request
+from mutirao.federated.plan import Site
+
+silence()
+app = ClientApp()
+
+
+@app.train()
+def train_round(message: Message, context: Context) -> Message:
+    """Answer one round's request; an expected failure travels back as one sentence."""
+    site = load_json(Site, Path(str(context.node_config["site-file"])))
+    journal = SiteJournal(site.work)
+    bytes_received = count_bytes(message.content)
+    sha256 = None
+    try:
+        from mutirao.federated.site import answer_round
+
+        plan, round_number, state = unpack_request(message.content)
+        reply = answer_round(site, plan, round_number, state)
+        content = pack_reply(reply)
+        sha256 = reply.update.sha256
+    except MutiraoError as error:
+        content = pack_error(f"site {site.name}: {error}")
+        round_number = None
+    journal.log(
+        event="left the site",
+        round=round_number,
+        bytes_received=bytes_received,
+        bytes_sent=count_bytes(content),
+        content="adapter update, 8-bit codes and scales" if sha256 else "an error sentence",
+        update_sha256=sha256,
+    )
+    return Message(content, reply_to=message)

@@ -1,0 +1,126 @@
+"""The coordinator's Flower ServerApp: asks every site in turn, aggregates, journals.
+
+Sites are asked one after another, since in this version they share one machine's memory;
+replies are pulled by our own loop, because Flower's strategies wait for ever for a lost
+node and cannot go on from a round. Finished rounds are never done again.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+from flwr.app import Context, Message, MessageType
+from flwr.serverapp import Grid, ServerApp
+
+from mutirao.config import load_json
+from mutirao.environment import silence
+from mutirao.errors import FederationError, MutiraoError
+from mutirao.federated.codec import decode_update
+from mutirao.federated.journal import CoordinatorJournal, RoundRecord, SiteRound
+from mutirao.federated.messages import count_bytes, pack_request, unpack_reply
+from mutirao.federated.plan import Coordinator
+from mutirao.federated.strategy import WeightedUpdate, mean_update, outer_step
+
+POLL_S = 0.1
+
+silence()
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run all rounds that the journal does not hold yet, and say in it how that ended."""
+    coordinator = load_json(Coordinator, Path(str(context.run_config["coordinator-file"])))
+    journal = CoordinatorJournal(coordinator.work)
+    journal.write_status("running")
+    try:
+        node_ids = _wait_for_sites(grid, coordinator)
+        for number in range(len(journal.records()) + 1, coordinator.plan.federated.num_rounds + 1):
+            _run_round(grid, coordinator, journal, number, node_ids)
+    except MutiraoError as error:
+        journal.write_status("failed", str(error))
+        raise
+    except Exception as error:
+        journal.write_status("failed", f"the coordinator stopped: {type(error).__name__}: {error}")
+        raise
+    journal.write_status("finished")
+
+
+def _wait_for_sites(grid: Grid, coordinator: Coordinator) -> list[int]:
+    timeout_s = coordinator.plan.federated.connect_timeout_s
+    deadline = time.monotonic() + timeout_s
+    while True:
+        node_ids = sorted(grid.get_node_ids())
+        if len(node_ids) >= coordinator.num_sites:
+            return node_ids
+        if time.monotonic() > deadline:
+            raise FederationError(
+                f"{len(node_ids)} of {coordinator.num_sites} sites connected within "
+                f"{timeout_s:.0f} s; look at the sites' logs, then run the same command again"
+            )
+        time.sleep(POLL_S)
+
+
+def _run_round(
+    grid: Grid,
+    coordinator: Coordinator,
+    journal: CoordinatorJournal,
+    number: int,
+    node_ids: list[int],
+) -> None:
+    started = time.monotonic()
+    plan = coordinator.plan
+    state = journal.load_state(number - 1)
+    updates: dict[str, WeightedUpdate] = {}
+    sites: dict[str, SiteRound] = {}
+    for node_id in node_ids:
+        request = pack_request(plan, number, state["global"])
+        bytes_received = count_bytes(request)
+        message = _ask(grid, node_id, request, number, plan.federated.round_timeout_s)
+        reply = unpack_reply(message.content)
+        answer = reply.answer
+        if answer.round != number or answer.site in updates:
+            raise FederationError(
+                f"site {answer.site} answered for round {answer.round} (expected one answer "
+                f"for round {number})"
+            )
+        values = decode_update(reply.update, state["global"].size)
+        updates[answer.site] = WeightedUpdate(values, float(answer.num_tokens))
+        sites[answer.site] = SiteRound(
+            **answer.model_dump(exclude={"site", "round"}),
+            bytes_sent=count_bytes(message.content),
+            bytes_received=bytes_received,
+            update_sha256=reply.update.sha256,
+        )
+    new_state, momentum = outer_step(
+        state["global"],
+        state["momentum"],
+        mean_update(updates),
+        learning_rate=plan.federated.outer_learning_rate,
+        momentum_decay=plan.federated.outer_momentum,
+    )
+    record = RoundRecord(
+        round=number, seconds=time.monotonic() - started, sites=dict(sorted(sites.items()))
+    )
+    journal.append(record, {"global": np.asarray(new_state), "momentum": momentum})
+
+
+def _ask(grid: Grid, node_id: int, content: object, number: int, timeout_s: float) -> Message:
+    """Send one request and wait for its reply, no longer than the plan allows."""
+    request = Message(content, node_id, MessageType.TRAIN, group_id=str(number), ttl=timeout_s)
+    message_ids = list(grid.push_messages([request]))
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        for message in grid.pull_messages(message_ids):
+            if message.has_error():
+                raise FederationError(
+                    f"a site (node {node_id}) failed in round {number}: {message.error.reason}"
+                )
+            return message
+        time.sleep(POLL_S)
+    raise FederationError(
+        f"a site (node {node_id}) did not answer within {timeout_s:.0f} s in round {number}; "
+        "finished rounds are kept: run the same command again"
+    )

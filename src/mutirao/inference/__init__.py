@@ -1,0 +1,1 @@
+"""Run a model: text out of a prompt, on the machine at hand."""

@@ -1,0 +1,1 @@
+"""Language models on one device, and the protocol through which other parts see them."""

@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mutirao.artifact import open_artifact, write_artifact
+from mutirao.compress.config import CompressConfig
+from mutirao.compress.grid import quantize_weight
+from mutirao.compress.rtn import compress_model
+from mutirao.config import Config, parse_recipe
+from mutirao.errors import ArtifactError, InputError, RecipeError, ShapeError
+from mutirao.formats.huggingface import load_causal_lm
+from mutirao.models.causal import CausalModel
+
+SEQUENCE = [[5, 6, 7, 8, 9, 10, 200, 40]]
+
+
+def _expected_model(folder, bits):
+    """The original with each linear weight replaced by what its codes stand for."""
+    model, tokenizer = load_causal_lm(folder, dtype="bfloat16")
+    for name, layer in model.named_modules():
+        if isinstance(layer, torch.nn.Linear) and name != "lm_head":
+            q = quantize_weight(layer.weight.detach(), bits, 32)
+            codes = q.codes.float().reshape(*q.scale.shape, 32)
+            weight = (codes - q.zero.float()[..., None]) * q.scale.float()[..., None]
+            layer.weight.data = weight.reshape(layer.weight.shape).to(torch.bfloat16)
+    return CausalModel(model, tokenizer)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_a_compressed_model_opens_from_disk_as_what_was_rounded(
+    tiny_model_directory, tmp_path, bits
+):
+    out = tmp_path / "small"
+    compress_model(tiny_model_directory, out, CompressConfig(bits=bits))
+    got = CausalModel.open(out).token_logprobs(SEQUENCE, [1])[0]
+    want = _expected_model(tiny_model_directory, bits).token_logprobs(SEQUENCE, [1])[0]
+    assert got.tolist() == want.tolist()
+    original = CausalModel.open(tiny_model_directory).token_logprobs(SEQUENCE, [1])[0]
+    assert got.tolist() != original.tolist()
+
+
+def test_metrics_count_every_stored_byte(tiny_model_directory, tmp_path):
+    compress_model(tiny_model_directory, tmp_path / "small", CompressConfig(bits=3))
+    metrics = open_artifact(tmp_path / "small", "model").metrics
+    tensors = load_file(tmp_path / "small" / "model.safetensors")
+    model, _ = load_causal_lm(tiny_model_directory)
+    num_weights = sum(p.numel() for p in model.parameters())
+    assert metrics["total_bytes"] == sum(t.numel() * t.element_size() for t in tensors.values())
+    assert metrics["original_bytes"] == 2 * num_weights
+    assert metrics["bits_per_weight"] == pytest.approx(8 * metrics["total_bytes"] / num_weights)
+    assert metrics["weight_bits"] == 3
+    # One layer by hand: 96 x 64 codes of 3 bits, and 2 groups per row with scale and zero.
+    layer = {n: t.nbytes for n, t in tensors.items() if "layers.0.mlp.up_proj" in n}
+    assert sorted(layer.values()) == sorted([96 * 64 * 3 // 8, 96 * 2 * 2, 9 * 2 * 4, 16])
+
+
+def test_lineage_card_and_tokenizer_come_along(tiny_model_directory, tmp_path):
+    parent = tmp_path / "model"
+    with write_artifact(parent, "model") as writer:
+        for file in tiny_model_directory.iterdir():
+            (writer.path / file.name).write_bytes(file.read_bytes())
+    compress_model(parent, tmp_path / "small", CompressConfig(bits=4))
+    manifest = open_artifact(tmp_path / "small", "model")
+    assert manifest.parents["model"].sha256 == open_artifact(parent).sha256
+    assert manifest.recipe["compress"] == {"method": "rtn", "bits": 4, "group_size": 32}
+    card = (tmp_path / "small" / "README.md").read_text()
+    assert f"{manifest.metrics['bits_per_weight']:.2f} bits per weight" in card
+    opened = CausalModel.open(tmp_path / "small")
+    assert opened.tokenizer.chat_template
+    assert opened.encode("fever") == CausalModel.open(parent).encode("fever")
+
+
+def test_an_altered_model_is_refused(tiny_model_directory, tmp_path):
+    parent = tmp_path / "model"
+    with write_artifact(parent, "model") as writer:
+        for file in tiny_model_directory.iterdir():
+            (writer.path / file.name).write_bytes(file.read_bytes())
+    with (parent / "model.safetensors").open("r+b") as file:
+        file.seek(-2, 2)
+        file.write(b"\x01\x02")
+    with pytest.raises(ArtifactError, match="altered"):
+        compress_model(parent, tmp_path / "small", CompressConfig())
+    assert not (tmp_path / "small").exists()
+
+
+def test_a_compressed_model_is_not_compressed_again(tiny_model_directory, tmp_path):
+    compress_model(tiny_model_directory, tmp_path / "small", CompressConfig())
+    with pytest.raises(InputError, match="compressed already"):
+        compress_model(tmp_path / "small", tmp_path / "smaller", CompressConfig())
+
+
+def test_nothing_is_left_when_a_group_does_not_fit(tiny_model_directory, tmp_path):
+    with pytest.raises(ShapeError, match="group_size=40"):
+        compress_model(tiny_model_directory, tmp_path / "small", CompressConfig(group_size=40))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unsupported_bits_are_named():
+    class Recipe(Config):
+        compress: CompressConfig = CompressConfig()
+
+    message = r"^compress\.bits=5 is not supported \(expected one of 2, 3, 4, 8\)$"
+    with pytest.raises(RecipeError, match=message):
+        parse_recipe(Recipe, {"compress": {"bits": 5}})
+    with pytest.raises(RecipeError, match=message):
+        CompressConfig(bits=5)

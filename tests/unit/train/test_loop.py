@@ -1,0 +1,78 @@
+"""The loop learns, follows one schedule over rounds, and is repeatable."""
+
+import pytest
+import torch
+
+from mutirao.data.tokenization import Example
+from mutirao.errors import DataError
+from mutirao.formats.huggingface import load_causal_lm
+from mutirao.train.config import TrainConfig
+from mutirao.train.loop import learning_rate_at, take_tokens, train
+
+EXAMPLES = [Example(tuple(range(5, 5 + n)), 0) for n in (4, 9, 16, 7, 12)]
+CONFIG = TrainConfig(learning_rate=1e-2, warmup_tokens=0, tokens_per_step=32)
+
+
+def _ids(examples):
+    return [example.ids for example in examples]
+
+
+def test_stretches_of_the_stream_join_up():
+    whole = take_tokens(EXAMPLES, seed=1, skip_tokens=0, num_tokens=200)
+    first = take_tokens(EXAMPLES, seed=1, skip_tokens=0, num_tokens=100)
+    used = sum(len(example.ids) for example in first)
+    rest = take_tokens(EXAMPLES, seed=1, skip_tokens=used, num_tokens=200 - used)
+    assert _ids(first + rest) == _ids(whole)
+    assert sum(len(ids) for ids in _ids(whole)) >= 200
+
+
+def test_rounds_neither_repeat_nor_lose_examples():
+    stride = 50
+    joined = [
+        example
+        for number in range(4)
+        for example in take_tokens(EXAMPLES, seed=3, skip_tokens=number * stride, num_tokens=stride)
+    ]
+    whole = take_tokens(EXAMPLES, seed=3, skip_tokens=0, num_tokens=4 * stride)
+    assert _ids(joined) == _ids(whole)
+
+
+def test_no_examples_is_an_error():
+    with pytest.raises(DataError, match="no training example"):
+        take_tokens([], seed=0, skip_tokens=0, num_tokens=1)
+
+
+def test_learning_rate_rises_falls_and_stays():
+    config = TrainConfig(learning_rate=1.0, warmup_tokens=100, final_learning_rate_share=0.1)
+    assert learning_rate_at(config, 50, 1100) == pytest.approx(0.5)
+    assert learning_rate_at(config, 100, 1100) == pytest.approx(1.0)
+    assert learning_rate_at(config, 600, 1100) == pytest.approx(0.55)
+    assert learning_rate_at(config, 1100, 1100) == pytest.approx(0.1)
+    assert learning_rate_at(config, 9999, 1100) == pytest.approx(0.1)
+
+
+def test_training_lowers_the_loss(tiny_model_directory):
+    model, tokenizer = load_causal_lm(tiny_model_directory, dtype="float32")
+    first = train(model, EXAMPLES, CONFIG, pad_id=0, seed=0)
+    for number in range(1, 15):
+        last = train(
+            model, EXAMPLES, CONFIG, pad_id=0, seed=number, optimizer_state=first.optimizer_state
+        )
+    assert last.loss < 0.5 * first.loss
+    assert last.num_tokens == sum(len(example.ids) for example in EXAMPLES)
+
+
+def test_training_repeats_to_the_bit(tiny_model_directory):
+    def once():
+        model, _ = load_causal_lm(tiny_model_directory, dtype="float32")
+        train(model, EXAMPLES, CONFIG, pad_id=0, seed=0)
+        return torch.cat([parameter.detach().reshape(-1) for parameter in model.parameters()])
+
+    assert torch.equal(once(), once())
+
+
+def test_context_is_not_learned(tiny_model_directory):
+    model, _ = load_causal_lm(tiny_model_directory, dtype="float32")
+    all_context = [Example((5, 6, 7), 3)]
+    with pytest.raises(DataError, match="no training example has a token"):
+        train(model, all_context, CONFIG, pad_id=0, seed=0)
