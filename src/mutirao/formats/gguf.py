@@ -363,6 +363,7 @@ def _one_reading() -> Iterator[None]:
 
     It asks for the parsed file twice and for the same table of names once per submodule (397
     times); both are remembered here (2 CPU cores, transformers 5.19, gguf 0.19).
+    It replaces names in their modules meanwhile, so only one thread may convert at a time.
     """
     import gguf
     from transformers import modeling_gguf_pytorch_utils as loader
