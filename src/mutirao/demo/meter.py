@@ -42,23 +42,29 @@ class Meter:
         self.seconds = time.monotonic() - self._started
 
     def _sample(self) -> None:
+        highest_resident = 0
         while True:
-            self.peak_memory_bytes = max(self.peak_memory_bytes, tree_memory_bytes())
+            # The proportional size costs 10 ms a process; it is asked for only when the
+            # resident size, which is cheap, says that memory has grown.
+            resident = tree_memory_bytes(proportional=False)
+            if resident > 1.01 * highest_resident:
+                highest_resident = resident
+                self.peak_memory_bytes = max(self.peak_memory_bytes, tree_memory_bytes())
             if self._stopped.wait(SAMPLE_S):
                 return
 
 
-def tree_memory_bytes() -> int:
+def tree_memory_bytes(*, proportional: bool = True) -> int:
     """Return the memory of this process and its descendants now, in bytes."""
     root = psutil.Process()
-    return sum(_process_memory_bytes(each) for each in [root, *root.children(recursive=True)])
+    processes = [root, *root.children(recursive=True)]
+    return sum(_process_memory_bytes(each, proportional) for each in processes)
 
 
-def _process_memory_bytes(process: psutil.Process) -> int:
+def _process_memory_bytes(process: psutil.Process, proportional: bool) -> int:
     try:
-        info = process.memory_full_info()
-        return int(getattr(info, "pss", 0) or info.rss)
-    except (psutil.NoSuchProcess, psutil.ZombieProcess):
-        return 0
-    except psutil.AccessDenied:
+        if proportional and (pss := getattr(process.memory_full_info(), "pss", 0)):
+            return int(pss)
         return int(process.memory_info().rss)
+    except psutil.NoSuchProcess:  # it ended, or is a zombie without memory
+        return 0

@@ -59,6 +59,7 @@ class Road:
             model=self.run / "model",
             data=self.run / "data" / name,
             work=self.work / "sites" / name,
+            turn=self.work / "turn",
         )
 
 

@@ -35,7 +35,7 @@ class SiloEvaluation(Config):
     """A model on one silo's held-out records."""
 
     text: TextResult
-    """Loss on the learned part of any record."""
+    """Loss on whole texts, questions included; outcomes are measured apart."""
     questions: QuestionResult | None = None
     """Questions with options; null where there are none or they were not asked for."""
     outcomes: OutcomeResult | None = None
@@ -149,11 +149,18 @@ def _hash_order(record: Record) -> str:
 def _measure_text(
     model: LanguageModel, name: str, records: Sequence[Record], config: EvaluationConfig
 ) -> TextResult:
-    """Score the first window of as many records as fit: many short pieces say more than few."""
+    """Score the first window of as many records as fit: many short pieces say more than few.
+
+    Questions count whole, as text of the silo; outcomes are left to their own measure,
+    except where a silo has nothing else.
+    """
+    records = [record for record in records if record.task != "outcome"] or records
     chosen: list[list[Example]] = []
     num_tokens = 0
     for record in records:
-        examples = encode_record(record, model.encode, model.eos_id, config.max_tokens)[:1]
+        examples = encode_record(
+            record, model.encode, model.eos_id, config.max_tokens, learn_context=True
+        )[:1]
         if not examples:
             continue
         if chosen and num_tokens + len(examples[0].ids) > config.max_text_tokens:

@@ -120,7 +120,8 @@ def _flower_environment(work: Path) -> dict[str, str]:
     return child_environment(
         FLWR_HOME=str(home),
         PATH=f"{scripts}{os.pathsep}{os.environ.get('PATH', '')}",
-        FLWR_SUPEREXEC_TASK_POLL_INTERVAL="0.1",
+        # Seconds; each question costs processor time that training on the same machine needs.
+        FLWR_SUPEREXEC_TASK_POLL_INTERVAL="0.5",
         # Loopback must not go through a proxy that is meant for the network.
         NO_PROXY=f"{LOOPBACK},localhost",
         no_proxy=f"{LOOPBACK},localhost",

@@ -67,6 +67,9 @@ class Site(Config):
     """The site's prepared data: an artifact of kind 'data'."""
     work: Path
     """Where the site keeps its state and its log."""
+    turn: Path | None = None
+    """A lock that the sites of one machine take in turn, so that only one of them at a time
+    holds a model in memory; null where a site has its machine to itself."""
 
     @field_validator("name")
     @classmethod

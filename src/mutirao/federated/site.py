@@ -7,8 +7,12 @@ nothing of how messages travel.
 
 from __future__ import annotations
 
+import fcntl
+import gc
 import hashlib
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +25,7 @@ from pydantic import JsonValue
 from mutirao.artifact import Manifest, canonical_json, open_artifact, read_manifest, write_artifact
 from mutirao.config import Config
 from mutirao.data.prepare import load_records
-from mutirao.data.split import Side
+from mutirao.data.records import Record
 from mutirao.data.tokenization import Example, encode_records
 from mutirao.errors import FederationError
 from mutirao.evaluate.losses import evaluate_text
@@ -30,7 +34,8 @@ from mutirao.federated.journal import SiteJournal, write_arrays
 from mutirao.federated.plan import Plan, Site
 from mutirao.formats.huggingface import load_causal_lm
 from mutirao.models.causal import CausalModel
-from mutirao.train.loop import TrainResult, take_tokens, train
+from mutirao.train.loop import TrainResult, train
+from mutirao.train.stream import take_mixed
 from mutirao.tune.lora import (
     adapter_state,
     attach_lora,
@@ -100,7 +105,8 @@ class LocalTrainer:
         """Return the loss on the first held-out tokens, or None when none are wanted."""
         budget = self.plan.federated.monitor_tokens
         examples: list[Example] = []
-        for example in self._encode("heldout"):
+        records = load_records(self.site.data, "heldout")
+        for example in self._encode([each for each in records if each.task != "outcome"]):
             if sum(len(taken.ids) for taken in examples) >= budget:
                 break
             examples.append(example)
@@ -115,8 +121,11 @@ class LocalTrainer:
         """Train on this round's stretch of the site's examples."""
         federated = self.plan.federated
         stride = federated.tokens_per_round
-        examples = take_tokens(
-            self._encode("train"),
+        records = load_records(self.site.data, "train")
+        examples = take_mixed(
+            self._encode([record for record in records if record.task != "outcome"]),
+            self._encode([record for record in records if record.task == "outcome"]),
+            outcome_share=self.plan.train.outcome_share,
             seed=self.plan.seed,
             skip_tokens=(round_number - 1) * stride,
             num_tokens=stride,
@@ -133,12 +142,13 @@ class LocalTrainer:
             on_step=lambda tokens, _: journal.write_progress(round_number, tokens),
         )
 
-    def _encode(self, split: Side) -> list[Example]:
+    def _encode(self, records: Sequence[Record]) -> list[Example]:
         return encode_records(
-            load_records(self.site.data, split),
+            records,
             lambda text: self.tokenizer(text, add_special_tokens=False)["input_ids"],
             self.tokenizer.eos_token_id,
             self.plan.train.max_tokens_per_example,
+            learn_context=self.plan.train.learn_context,
         )
 
 
@@ -158,17 +168,20 @@ def answer_round(
         ArtifactError: the site's model or data was altered.
         DataError: there is nothing to train on.
     """
-    started = time.monotonic()
     journal = SiteJournal(site.work)
     request_sha256 = _request_hash(site, plan, round_number, state)
     if (kept := journal.read_reply(round_number, request_sha256)) is not None:
         update = EncodedUpdate(kept.pop("codes"), kept.pop("scales"))
         return RoundReply(update, RoundAnswer.model_validate(kept))
-    trainer = LocalTrainer(site, plan)
-    trainer.set_state(state)
-    heldout_loss = trainer.heldout_loss()
-    result = trainer.train_round(round_number, load_optimizer(journal, round_number - 1), journal)
-    update = encode_update(trainer.get_state() - state)
+    with _turn(site):
+        started = time.monotonic()
+        trainer = LocalTrainer(site, plan)
+        trainer.set_state(state)
+        heldout_loss = trainer.heldout_loss()
+        earlier = load_optimizer(journal, round_number - 1)
+        result = trainer.train_round(round_number, earlier, journal)
+        update = encode_update(trainer.get_state() - state)
+        _keep_local(journal, round_number, trainer, result)
     answer = RoundAnswer(
         site=site.name,
         round=round_number,
@@ -177,7 +190,6 @@ def answer_round(
         heldout_loss=heldout_loss,
         seconds=time.monotonic() - started,
     )
-    _keep_local(journal, round_number, trainer, result)
     journal.write_reply(
         round_number,
         request_sha256,
@@ -215,7 +227,21 @@ def train_alone(site: Site, plan: Plan, out: Path) -> Manifest:
         writer.add_parent("base", site.model)
         writer.add_parent("data", site.data)
         save_adapter(trainer.model, writer.path, base_model=str(site.model))
+    del trainer
+    gc.collect()  # PEFT's models are in cycles; the next silo's would come on top
     return read_manifest(out)
+
+
+@contextmanager
+def _turn(site: Site) -> Iterator[None]:
+    """Wait until no other site of this machine holds a model in memory."""
+    if site.turn is None:
+        yield
+        return
+    site.turn.parent.mkdir(parents=True, exist_ok=True)
+    with site.turn.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # given back when the file closes, or the process dies
+        yield
 
 
 def load_optimizer(journal: SiteJournal, round_number: int) -> dict[str, Any] | None:

@@ -20,6 +20,10 @@ class TrainConfig(Config):
     """Largest padded area of a batch, in tokens; one optimizer step each."""
     max_tokens_per_example: int = Field(default=256, ge=8)
     """Longest example, in tokens; longer text is cut into windows."""
+    learn_context: bool = True
+    """Learn the given part of questions too, as text of the silo, not their answers alone."""
+    outcome_share: float = Field(default=0.25, ge=0, lt=1)
+    """Share of the training tokens that records with an outcome get, where there are any."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay."""
     beta1: float = Field(default=0.9, ge=0, lt=1)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,46 +38,6 @@ class TrainResult:
     """Optimizer steps."""
     optimizer_state: dict[str, Any]
     """State of AdamW, to go on from."""
-
-
-def take_tokens(
-    examples: Sequence[Example], *, seed: int, skip_tokens: int, num_tokens: int
-) -> list[Example]:
-    """Return the next stretch of an endless, shuffled stream of examples.
-
-    The stream is a pure function of its arguments: a run that is resumed at any position
-    sees exactly what an uninterrupted one would have seen.
-
-    Args:
-        examples: what the stream is made of; every pass over them is shuffled anew.
-        seed: of the shuffles.
-        skip_tokens: tokens of the stream already used.
-        num_tokens: the examples that begin within the next so many tokens are returned, so
-            that stretches that join up neither repeat nor lose one.
-
-    Raises:
-        DataError: there are no examples.
-    """
-    if not examples:
-        raise DataError("there is no training example; prepare the silo's data first")
-    taken: list[Example] = []
-    position = 0
-    for example in _endless(examples, seed):
-        if position >= skip_tokens + num_tokens:
-            return taken
-        if position >= skip_tokens:
-            taken.append(example)
-        position += len(example.ids)
-    raise AssertionError("an endless stream ended")
-
-
-def _endless(examples: Sequence[Example], seed: int) -> Iterator[Example]:
-    epoch = 0
-    while True:
-        order = list(range(len(examples)))
-        random.Random(f"{seed}:{epoch}").shuffle(order)
-        yield from (examples[index] for index in order)
-        epoch += 1
 
 
 def learning_rate_at(config: TrainConfig, position_tokens: float, total_tokens: int) -> float:

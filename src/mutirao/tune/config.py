@@ -16,7 +16,7 @@ class LoRAConfig(Config):
     """Scale numerator: updates are multiplied by alpha / rank."""
     target_modules: tuple[str, ...] = ("q_proj", "v_proj", "o_proj", "down_proj")
     """Names of the linear layers that get an update."""
-    num_layers: int = Field(default=10, ge=0)
+    num_layers: int = Field(default=6, ge=0)
     """Only the last so many layers get updates, which spares the backward pass through the
     others; 0 for all."""
     freeze_a: bool = True

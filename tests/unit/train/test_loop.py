@@ -7,39 +7,10 @@ from mutirao.data.tokenization import Example
 from mutirao.errors import DataError
 from mutirao.formats.huggingface import load_causal_lm
 from mutirao.train.config import TrainConfig
-from mutirao.train.loop import learning_rate_at, take_tokens, train
+from mutirao.train.loop import learning_rate_at, train
 
 EXAMPLES = [Example(tuple(range(5, 5 + n)), 0) for n in (4, 9, 16, 7, 12)]
 CONFIG = TrainConfig(learning_rate=1e-2, warmup_tokens=0, tokens_per_step=32)
-
-
-def _ids(examples):
-    return [example.ids for example in examples]
-
-
-def test_stretches_of_the_stream_join_up():
-    whole = take_tokens(EXAMPLES, seed=1, skip_tokens=0, num_tokens=200)
-    first = take_tokens(EXAMPLES, seed=1, skip_tokens=0, num_tokens=100)
-    used = sum(len(example.ids) for example in first)
-    rest = take_tokens(EXAMPLES, seed=1, skip_tokens=used, num_tokens=200 - used)
-    assert _ids(first + rest) == _ids(whole)
-    assert sum(len(ids) for ids in _ids(whole)) >= 200
-
-
-def test_rounds_neither_repeat_nor_lose_examples():
-    stride = 50
-    joined = [
-        example
-        for number in range(4)
-        for example in take_tokens(EXAMPLES, seed=3, skip_tokens=number * stride, num_tokens=stride)
-    ]
-    whole = take_tokens(EXAMPLES, seed=3, skip_tokens=0, num_tokens=4 * stride)
-    assert _ids(joined) == _ids(whole)
-
-
-def test_no_examples_is_an_error():
-    with pytest.raises(DataError, match="no training example"):
-        take_tokens([], seed=0, skip_tokens=0, num_tokens=1)
 
 
 def test_learning_rate_rises_falls_and_stays():
