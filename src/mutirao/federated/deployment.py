@@ -20,6 +20,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from mutirao.artifact import write_atomic
 from mutirao.environment import child_environment
 from mutirao.errors import FederationError, PortInUseError
@@ -171,16 +173,16 @@ def _start(
             stderr=subprocess.STDOUT,
             env=environment,
             start_new_session=True,
-            preexec_fn=_die_with_parent,
+            preexec_fn=end_with_parent,
         )
     return FlowerProcess(label, process, log_path)
 
 
-def _die_with_parent() -> None:
-    """Ask the kernel to end this child when its parent is killed (Linux only)."""
+def end_with_parent(number: signal.Signals = signal.SIGTERM) -> None:
+    """Ask the kernel to signal this process when its parent is killed (Linux only)."""
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, number)
 
 
 def _wait_for_port(link: FlowerProcess, port: int, timeout_s: float = 60.0) -> None:
@@ -229,6 +231,7 @@ def _watch(
     on_progress: Callable[[int, int], None] | None,
 ) -> None:
     """Wait for the coordinator's word, while every process must stay alive."""
+    deadline = time.monotonic() + plan.federated.connect_timeout_s
     while True:
         status = journal.read_status()
         if status.get("state") == "finished":
@@ -241,14 +244,24 @@ def _watch(
                     f"the {each.label} ended unexpectedly ({_describe_exit(code)}); finished "
                     f"rounds are kept: run the same command again, or see {each.log_path}"
                 )
-        if "pid" in status and not Path(f"/proc/{status['pid']}").exists():
+        has_started = "pid" in status
+        if not (_is_alive(status["pid"]) if has_started else time.monotonic() < deadline):
+            how = "ended unexpectedly" if has_started else "did not start"
             raise FederationError(
-                "the coordinator's ServerApp ended unexpectedly; finished rounds are kept: run "
-                f"the same command again, or see {processes[0].log_path}"
+                f"the coordinator's ServerApp {how}; finished rounds are kept: run the same "
+                f"command again, or see {processes[0].log_path}"
             )
         if on_progress is not None:
             on_progress(*_count_tokens(journal, plan, sites))
         time.sleep(WATCH_S)
+
+
+def _is_alive(pid: int) -> bool:
+    """Whether a process runs; one that ended and was not waited for by its parent does not."""
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _describe_exit(code: int) -> str:
@@ -263,10 +276,10 @@ def _count_tokens(
     finished = len(journal.records())
     done = finished * federated.tokens_per_round * len(sites)
     for site in sites:
-        path = SiteJournal(site.work).progress_path
-        progress = json.loads(path.read_bytes()) if path.exists() else {"round": 0}
-        if progress["round"] == finished + 1:
-            done += min(progress["num_tokens"], federated.tokens_per_round)
+        with suppress(OSError, ValueError, KeyError, TypeError):  # not there yet, or damaged
+            progress = json.loads(SiteJournal(site.work).progress_path.read_bytes())
+            if progress["round"] == finished + 1:
+                done += min(progress["num_tokens"], federated.tokens_per_round)
     return done, total
 
 

@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
 
 from mutirao.artifact import canonical_json, write_atomic
 from mutirao.config import Config
@@ -72,32 +74,32 @@ class CoordinatorJournal:
             return []
         try:
             rows = json.loads(self.rounds_path.read_bytes())
-            return [RoundRecord.model_validate(row) for row in rows]
-        except ValueError as error:
+            records = [RoundRecord.model_validate(row) for row in rows]
+            if [record.round for record in records] != list(range(1, len(records) + 1)):
+                raise ValueError("its rounds are not numbered from 1 on")
+            return records
+        except (ValueError, TypeError) as error:
             raise ArtifactError(
                 f"the journal {self.rounds_path} is damaged ({error}); remove "
                 f"{self.folder} to train anew"
             ) from None
 
+    def has_start(self) -> bool:
+        """Whether the agreed start was written."""
+        return self._state_path(0).exists()
+
     def load_state(self, round_number: int) -> dict[str, NDArray[np.float32]]:
         """Return the outer state after a round: 'global' and 'momentum' vectors."""
-        path = self.folder / f"round-{round_number:03d}.npz"
-        try:
-            with np.load(path, allow_pickle=False) as arrays:
-                return {name: arrays[name] for name in arrays.files}
-        except (OSError, ValueError, EOFError) as error:
-            raise ArtifactError(
-                f"the journal {path} is damaged ({error}); remove {self.folder} to train anew"
-            ) from None
+        return read_arrays(self._state_path(round_number))
 
     def write_start(self, vector: NDArray[np.float32]) -> None:
         """Keep the agreed start as the state of round 0, without momentum."""
         state = {"global": vector, "momentum": np.zeros_like(vector)}
-        write_arrays(self.folder / "round-000.npz", state)
+        write_arrays(self._state_path(0), state)
 
     def append(self, record: RoundRecord, state: Mapping[str, NDArray[np.float32]]) -> None:
         """Keep a finished round: first its state, then its record, which makes it count."""
-        write_arrays(self.folder / f"round-{record.round:03d}.npz", state)
+        write_arrays(self._state_path(record.round), state)
         rows = [row.model_dump(mode="json") for row in (*self.records(), record)]
         write_atomic(self.rounds_path, json.dumps(rows, indent=1))
 
@@ -112,6 +114,9 @@ class CoordinatorJournal:
             return {}
         status: dict[str, Any] = json.loads(self.status_path.read_bytes())
         return status
+
+    def _state_path(self, round_number: int) -> Path:
+        return self.folder / f"round-{round_number:03d}.safetensors"
 
 
 class SiteJournal:
@@ -136,9 +141,8 @@ class SiteJournal:
             answer: dict[str, Any] = json.loads((folder / "reply.json").read_bytes())
             if answer.pop("request_sha256") != request_sha256:
                 return None
-            with np.load(folder / "reply.npz", allow_pickle=False) as arrays:
-                return {**answer, **{name: arrays[name] for name in arrays.files}}
-        except (OSError, ValueError, KeyError, EOFError):
+            return {**answer, **read_arrays(folder / "reply.safetensors")}
+        except (OSError, ValueError, KeyError, ArtifactError):
             return None  # not there or half-written: the round is simply done again
 
     def write_reply(
@@ -150,7 +154,7 @@ class SiteJournal:
     ) -> None:
         """Keep the answer before it is sent; ``reply.json``, written last, makes it count."""
         folder = self.round_folder(round_number)
-        write_arrays(folder / "reply.npz", arrays)
+        write_arrays(folder / "reply.safetensors", arrays)
         write_atomic(
             folder / "reply.json", canonical_json({**answer, "request_sha256": request_sha256})
         )
@@ -173,12 +177,21 @@ class SiteJournal:
 
 
 def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
-    """Write arrays to one .npz file, atomically."""
-    partial = path.with_name(f".{path.name}.partial")
-    with explain_disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+    """Write arrays to one safetensors file, atomically."""
+    contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    write_atomic(path, save(contiguous))
+
+
+def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
+    """Read the arrays of a safetensors file.
+
+    Raises:
+        ArtifactError: the file is missing or damaged.
+    """
+    try:
+        arrays: dict[str, NDArray[Any]] = load(path.read_bytes())
+        return arrays
+    except (OSError, SafetensorError, ValueError) as error:
+        raise ArtifactError(
+            f"the journal {path} is damaged ({error}); remove {path.parent} to train anew"
+        ) from None

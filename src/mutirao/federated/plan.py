@@ -76,7 +76,8 @@ class Site(Config):
     def _check_name(cls, name: str) -> str:
         if not SITE_NAME.fullmatch(name):
             raise ValueError(
-                f"{name!r} is not a site name (letters, digits, dot, dash and underscore; at most 64)"
+                f"{name!r} is not a site name (at most 64 letters, digits, dots, dashes and "
+                "underscores)"
             )
         return name
 

@@ -123,7 +123,8 @@ def _ask_all(
             if message.has_error():
                 raise FederationError(
                     f"a site (node {message.metadata.src_node_id}) failed in round {number}: "
-                    f"{message.error.reason}"
+                    f"{message.error.reason.rstrip('.')}; finished rounds are kept: look at the "
+                    "sites' logs, then run the same command again"
                 )
             waiting.discard(message.metadata.reply_to_message_id)
             yield message

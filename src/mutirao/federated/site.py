@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import gc
 import hashlib
+import pickle
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,10 +28,10 @@ from mutirao.config import Config
 from mutirao.data.prepare import load_records
 from mutirao.data.records import Record
 from mutirao.data.tokenization import Example, encode_records
-from mutirao.errors import FederationError
+from mutirao.errors import ArtifactError, FederationError
 from mutirao.evaluate.losses import evaluate_text
 from mutirao.federated.codec import EncodedUpdate, encode_update
-from mutirao.federated.journal import SiteJournal, write_arrays
+from mutirao.federated.journal import SiteJournal, read_arrays, write_arrays
 from mutirao.federated.plan import Plan, Site
 from mutirao.formats.huggingface import load_causal_lm
 from mutirao.models.causal import CausalModel
@@ -213,10 +214,9 @@ def train_alone(site: Site, plan: Plan, out: Path) -> Manifest:
     trainer = LocalTrainer(site, plan)
     journal = SiteJournal(site.work)
     first, optimizer_state = 1, None
-    local_path = journal.round_folder(1) / "local.npz"
+    local_path = journal.round_folder(1) / "local.safetensors"
     if local_path.exists() and (state := load_optimizer(journal, 1)) is not None:
-        with np.load(local_path, allow_pickle=False) as arrays:
-            trainer.set_state(arrays["state"])
+        trainer.set_state(read_arrays(local_path)["state"])
         first, optimizer_state = 2, state
     alone_journal = SiteJournal(site.work / "alone")
     for round_number in range(first, plan.federated.num_rounds + 1):
@@ -245,11 +245,20 @@ def _turn(site: Site) -> Iterator[None]:
 
 
 def load_optimizer(journal: SiteJournal, round_number: int) -> dict[str, Any] | None:
-    """Return the optimizer state after a round, or None where there is none."""
+    """Return the optimizer state after a round, or None where there is none.
+
+    Raises:
+        ArtifactError: the file is damaged.
+    """
     path = journal.round_folder(round_number) / "optimizer.pt" if round_number else None
     if path is None or not path.exists():
         return None
-    state: dict[str, Any] = torch.load(path, weights_only=True)
+    try:
+        state: dict[str, Any] = torch.load(path, weights_only=True)
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError):
+        raise ArtifactError(
+            f"the journal {path} is damaged; remove it to go on with a fresh optimizer"
+        ) from None
     return state
 
 
@@ -260,7 +269,7 @@ def _keep_local(
     partial = folder / ".optimizer.pt.partial"
     torch.save(result.optimizer_state, partial)
     partial.replace(folder / "optimizer.pt")
-    write_arrays(folder / "local.npz", {"state": trainer.get_state()})
+    write_arrays(folder / "local.safetensors", {"state": trainer.get_state()})
 
 
 def _request_hash(site: Site, plan: Plan, round_number: int, state: NDArray[np.float32]) -> str:

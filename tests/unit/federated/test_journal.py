@@ -31,7 +31,7 @@ def test_damaged_records_are_named(tmp_path):
 def test_truncated_state_is_named(tmp_path):
     journal = CoordinatorJournal(tmp_path)
     journal.append(RoundRecord(round=1, seconds=1.0), STATE)
-    path = tmp_path / "round-001.npz"
+    path = tmp_path / "round-001.safetensors"
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(ArtifactError, match="damaged"):
         journal.load_state(1)
@@ -49,7 +49,7 @@ def test_site_answers_the_same_request_with_the_same_bytes(tmp_path):
     assert journal.read_reply(2, "request") is None
 
 
-@pytest.mark.parametrize("name", ["reply.json", "reply.npz"])
+@pytest.mark.parametrize("name", ["reply.json", "reply.safetensors"])
 def test_half_written_answer_counts_as_none(tmp_path, name):
     journal = SiteJournal(tmp_path)
     journal.write_reply(1, "request", {"codes": np.ones(9, np.int8)}, {"num_tokens": 7})

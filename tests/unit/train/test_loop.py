@@ -23,7 +23,7 @@ def test_learning_rate_rises_falls_and_stays():
 
 
 def test_training_lowers_the_loss(tiny_model_directory):
-    model, tokenizer = load_causal_lm(tiny_model_directory, dtype="float32")
+    model, _ = load_causal_lm(tiny_model_directory, dtype="float32")
     first = train(model, EXAMPLES, CONFIG, pad_id=0, seed=0)
     for number in range(1, 15):
         last = train(
