@@ -15,20 +15,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 HOSPITALS = ("cleveland", "hungarian", "switzerland", "va")
 COLUMNS = [
-    "age",
-    "sex",
-    "cp",
-    "trestbps",
-    "chol",
-    "fbs",
-    "restecg",
-    "thalach",
-    "exang",
-    "oldpeak",
-    "slope",
-    "ca",
-    "thal",
-    "num",
+    *("age", "sex", "cp", "trestbps", "chol", "fbs", "restecg"),
+    *("thalach", "exang", "oldpeak", "slope", "ca", "thal", "num"),
 ]
 CHEST_PAIN = {1: "typical angina", 2: "atypical angina", 3: "non-anginal pain", 4: "asymptomatic"}
 SLOPE = {1: "upsloping", 2: "flat", 3: "downsloping"}

@@ -41,7 +41,11 @@ def run(
 
     generator = _open(source)
     asked = _as_prompt(generator, prompt)
-    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    settings: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "seed": seed,
+    }
     if json:
         output.print_json(generator.generate(asked, **settings).to_json())
         return

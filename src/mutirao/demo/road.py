@@ -435,12 +435,15 @@ def check_recipe(recipe: DemoRecipe) -> None:
 
     Raises:
         SourceError: the model's source is malformed.
-        DataError: a silo's folder is missing.
+        DataError: a silo's folder is missing, or holds no file that can be read.
     """
+    from mutirao.data.readers import list_files
+
     parse_source(recipe.model)
     for folder in recipe.silos.values():
         path = Path(folder).expanduser()
         if not path.is_dir():
             raise DataError(f"silo folder {path} is not a folder; give --silo NAME=FOLDER")
+        list_files(path)
     if not recipe.compress:
         raise SourceError("compress is empty; name at least one bit-width")

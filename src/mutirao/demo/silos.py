@@ -84,7 +84,7 @@ def write_default_silos(
     seed: int,
     *,
     num_notes: int = 60,
-    num_patients: int = 400,
+    num_patients: int = 800,
 ) -> dict[str, JsonValue]:
     """Write the three raw silos into an artifact's folder.
 

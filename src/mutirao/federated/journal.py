@@ -79,8 +79,9 @@ class CoordinatorJournal:
                 raise ValueError("its rounds are not numbered from 1 on")
             return records
         except (ValueError, TypeError) as error:
+            what = str(error).partition("\n")[0]
             raise ArtifactError(
-                f"the journal {self.rounds_path} is damaged ({error}); remove "
+                f"the journal {self.rounds_path} is damaged ({what}); remove "
                 f"{self.folder} to train anew"
             ) from None
 
