@@ -150,7 +150,10 @@ def _compression_table(summary: RunSummary) -> Table | None:
         return None
     caption = ""
     if summary.baseline is not None and summary.baseline.is_4_bit:
-        caption = "this model comes from a 4-bit file, so its 4-bit figure flatters"
+        caption = (
+            "this model comes from a 4-bit file, so its 4-bit figure flatters: the original here "
+            "had been rounded once before"
+        )
     columns = ["model", "size", "bits per weight", "loss minus original, nats per token"]
     table = _table("Fewer bits", columns, caption)
     for row in summary.compressions:

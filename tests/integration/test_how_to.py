@@ -1,0 +1,46 @@
+"""Every command of the how-to pages, run as it stands there, with a tiny random model."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from small_road import SMALL_RECIPE, write_silo
+
+PAGES = sorted((Path(__file__).parents[2] / "docs" / "how-to").glob("*.md"))
+pytestmark = pytest.mark.timeout(900)
+
+
+def _settings(model):
+    """The small road's recipe without its silos, which the page names itself."""
+    recipe = SMALL_RECIPE.format(model=json.dumps(str(model)), north='""', south='""')
+    return re.sub(r"\[silos\].*?\n\n", "", recipe, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_commands_run_as_printed(page, tmp_path, tiny_model_directory):
+    write_silo(tmp_path / "clinic", 0)
+    write_silo(tmp_path / "laboratory", 500)
+    (tmp_path / "recipe.toml").write_text(_settings(tiny_model_directory))
+    scripts = Path(sys.executable).parent
+    environment = {
+        **os.environ,
+        "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}",
+        "MUTIRAO_HOME": str(tmp_path / "home"),
+    }
+    for block in re.findall(r"```sh\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+        result = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", block],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=600,
+            check=False,
+        )
+        assert result.returncode == 0, f"{block}\n{result.stdout}\n{result.stderr}"
+        assert "Traceback" not in result.stderr
+    assert (tmp_path / "run" / "report.html").stat().st_size > 10_000
