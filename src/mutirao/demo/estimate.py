@@ -16,7 +16,7 @@ import typer
 from mutirao.console import format_bytes, format_duration, output
 from mutirao.demo.recipe import DemoRecipe
 from mutirao.demo.road import STAGES, Road, check_recipe
-from mutirao.demo.runner import NEEDED_BYTES
+from mutirao.demo.run_folder import NEEDED_BYTES
 
 TRAINING_TOKENS_PER_S = 550.0
 EVALUATION_TOKENS_PER_S = 800.0

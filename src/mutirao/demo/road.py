@@ -18,7 +18,7 @@ from pydantic import JsonValue
 
 from mutirao.artifact import read_manifest, write_artifact, write_atomic
 from mutirao.compress.config import CompressConfig
-from mutirao.console import console, step_progress
+from mutirao.console import step_progress
 from mutirao.demo.recipe import DemoRecipe
 from mutirao.demo.steps import Step
 from mutirao.errors import DataError, SourceError
@@ -338,8 +338,14 @@ def _alone_step(road: Road, name: str) -> Step:
     def make() -> None:
         from mutirao.federated.site import train_alone
 
-        console.print(f"  training [bold]{name}[/] alone")
-        train_alone(road.site(name), load_plan(road), path)
+        with step_progress() as progress:
+            task = progress.add_task(f"{name} alone, tokens", total=None)
+            train_alone(
+                road.site(name),
+                load_plan(road),
+                path,
+                on_tokens=lambda done, total: progress.update(task, completed=done, total=total),
+            )
 
     return Step(path, make, _training_settings(road), parents)
 

@@ -2,50 +2,27 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import multiprocessing
 import os
-import shutil
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from pydantic import JsonValue, ValidationError
+from pydantic import JsonValue
 
 from mutirao.artifact import write_atomic
 from mutirao.console import configure_logging, console, format_bytes, format_duration
 from mutirao.demo.meter import Meter
 from mutirao.demo.recipe import DemoRecipe
 from mutirao.demo.road import STAGES, Road, Stage, check_recipe
+from mutirao.demo.run_folder import claim_folder, remove_stale
 from mutirao.demo.steps import do_step, is_done
 from mutirao.environment import silence
-from mutirao.errors import DiskFullError, InputError, MutiraoError, explain_disk_errors
+from mutirao.errors import InputError, MutiraoError, explain_disk_errors
 from mutirao.federated.deployment import end_with_parent
 
-NEEDED_BYTES = 1_500_000_000
-"""Room a run takes with the default model: 1.3 GB measured, rounded up."""
 STOP_GRACE_S = 20.0
-LOCK_NAME = ".lock"
-RUN_NAMES = (
-    "model",
-    "silos",
-    "data",
-    "evaluation",
-    "federated",
-    "alone",
-    "merged",
-    "compressed",
-    "answer",
-    "steps",
-    "work",
-    "stages.json",
-    "report.html",
-    "recipe.json",
-)
-"""What a run leaves in its folder; ``recipe.json``, which marks it as a run, goes last."""
 RECORD_KEYS = {"stage", "seconds", "peak_memory_bytes", "resumed"}
 
 
@@ -68,13 +45,14 @@ def run_demo(recipe: DemoRecipe, run: Path, *, fresh: bool = False) -> Path:
         MutiraoError: a stage failed; the finished ones are kept.
     """
     check_recipe(recipe)
-    with _claim_folder(run, fresh=fresh):
+    with claim_folder(run, fresh=fresh):
         return _go(Road(recipe, run.resolve()))
 
 
 def _go(road: Road) -> Path:
     run, recipe = road.run, road.recipe
     write_atomic(run / "recipe.json", recipe.model_dump_json(indent=1))
+    remove_stale(run, {step.path for stage in STAGES for step in stage.steps(road)})
     records = _read_records(run)
     for number, stage in enumerate(STAGES, start=1):
         record = run_stage(road, stage, f"[{number}/{len(STAGES)}]", records.get(stage.name))
@@ -179,83 +157,6 @@ def _stage_main(name: str, recipe_json: str, run: str, sender: Connection) -> No
         raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt:
         os._exit(130)  # what was begun is in hidden partial folders; nothing more to tidy
-
-
-@contextmanager
-def _claim_folder(run: Path, *, fresh: bool) -> Iterator[None]:
-    """Make the run's folder and hold it, and refuse a folder that holds something else."""
-    _check_folder(run)
-    with explain_disk_errors(run), _lock(run):
-        for partial in run.rglob(".*.partial"):
-            shutil.rmtree(partial, ignore_errors=True)
-        if fresh:
-            _remove_run(run)
-        missing = NEEDED_BYTES - _used_bytes(run) - shutil.disk_usage(run).free
-        if missing > 0:
-            raise DiskFullError(
-                f"{run} has too little room: {format_bytes(missing)} more are needed; free some, "
-                "or name another folder with --out"
-            )
-        yield
-
-
-def _check_folder(run: Path) -> None:
-    if run.exists() and not run.is_dir():
-        raise InputError(f"{run} is a file; name a folder for the run with --out")
-    if not run.is_dir() or _is_run(run):
-        return
-    if any(child.name != LOCK_NAME for child in run.iterdir()):
-        raise InputError(
-            f"{run} is not empty and holds no run of this demonstration; name another folder "
-            "with --out"
-        )
-
-
-def _is_run(run: Path) -> bool:
-    """Whether the folder's recipe is one of ours, or damaged and beside finished steps."""
-    try:
-        content = (run / "recipe.json").read_bytes()
-        DemoRecipe.model_validate_json(content)
-    except OSError:
-        return False
-    except ValidationError:
-        return (run / "steps").is_dir()
-    return True
-
-
-@contextmanager
-def _lock(run: Path) -> Iterator[None]:
-    """Keep a second command out of the folder; a process that dies holds nothing."""
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        file = (run / LOCK_NAME).open("a")
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
-        raise InputError(
-            f"{run} cannot be made or written: {error.strerror}; name another folder with --out"
-        ) from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                f"another command is at work in {run}; wait until it ends, or name another "
-                "folder with --out"
-            ) from None
-        yield
-
-
-def _remove_run(run: Path) -> None:
-    """Remove what a run leaves, and nothing else that someone may keep in its folder."""
-    for name in RUN_NAMES:
-        path = run / name
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-
-
-def _used_bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def _read_records(run: Path) -> dict[str, dict[str, JsonValue]]:

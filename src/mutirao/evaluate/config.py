@@ -10,9 +10,9 @@ from mutirao.config import Config
 class EvaluationConfig(Config):
     """How much held-out data is used."""
 
-    max_text_tokens: int = Field(default=2_000, ge=2)
+    max_text_tokens: int = Field(default=1_600, ge=2)
     """Tokens per silo that pass through the model for the text loss; at least one record."""
-    num_questions: int = Field(default=30, ge=0)
+    num_questions: int = Field(default=24, ge=0)
     """Questions per silo; fewer where there are fewer."""
     num_outcomes: int = Field(default=80, ge=0)
     """Outcomes per silo; fewer where there are fewer."""

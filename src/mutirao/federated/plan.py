@@ -23,7 +23,7 @@ class FederatedConfig(Config):
 
     num_rounds: int = Field(default=3, ge=1)
     """Rounds of local training and aggregation."""
-    tokens_per_round: int = Field(default=10_200, ge=1)
+    tokens_per_round: int = Field(default=10_050, ge=1)
     """Training tokens at each site in each round, in whole examples."""
     outer_learning_rate: float = Field(default=1.0, gt=0)
     """Step along the mean update; 1 with no momentum is FedAvg."""

@@ -12,9 +12,10 @@ import gc
 import hashlib
 import pickle
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -117,9 +118,12 @@ class LocalTrainer:
         return evaluate_text(wrapped, examples).loss
 
     def train_round(
-        self, round_number: int, optimizer_state: dict[str, Any] | None, journal: SiteJournal
+        self,
+        round_number: int,
+        optimizer_state: dict[str, Any] | None,
+        on_tokens: Callable[[int], None],
     ) -> TrainResult:
-        """Train on this round's stretch of the site's examples."""
+        """Train on this round's stretch of the site's examples; ``on_tokens`` hears how far."""
         federated = self.plan.federated
         stride = federated.tokens_per_round
         records = load_records(self.site.data, "train")
@@ -140,7 +144,7 @@ class LocalTrainer:
             start_tokens=(round_number - 1) * stride,
             total_tokens=federated.num_rounds * stride,
             optimizer_state=optimizer_state,
-            on_step=lambda tokens, _: journal.write_progress(round_number, tokens),
+            on_step=lambda tokens, _: on_tokens(tokens),
         )
 
     def _encode(self, records: Sequence[Record]) -> list[Example]:
@@ -180,7 +184,8 @@ def answer_round(
         trainer.set_state(state)
         heldout_loss = trainer.heldout_loss()
         earlier = load_optimizer(journal, round_number - 1)
-        result = trainer.train_round(round_number, earlier, journal)
+        tell = partial(journal.write_progress, round_number)
+        result = trainer.train_round(round_number, earlier, tell)
         update = encode_update(trainer.get_state() - state)
         _keep_local(journal, round_number, trainer, result)
     answer = RoundAnswer(
@@ -200,7 +205,9 @@ def answer_round(
     return RoundReply(update, answer)
 
 
-def train_alone(site: Site, plan: Plan, out: Path) -> Manifest:
+def train_alone(
+    site: Site, plan: Plan, out: Path, *, on_tokens: Callable[[int, int], None] | None = None
+) -> Manifest:
     """Train on one site's data alone, for as many tokens as in the federation.
 
     The first round of a federation is the same alone or together, so the site's own result
@@ -210,6 +217,7 @@ def train_alone(site: Site, plan: Plan, out: Path) -> Manifest:
         site: who and where.
         plan: of the federation to compare with.
         out: folder of the new artifact of kind 'adapter'.
+        on_tokens: called now and then with (tokens trained, tokens in all).
     """
     trainer = LocalTrainer(site, plan)
     journal = SiteJournal(site.work)
@@ -218,9 +226,14 @@ def train_alone(site: Site, plan: Plan, out: Path) -> Manifest:
     if local_path.exists() and (state := load_optimizer(journal, 1)) is not None:
         trainer.set_state(read_arrays(local_path)["state"])
         first, optimizer_state = 2, state
-    alone_journal = SiteJournal(site.work / "alone")
-    for round_number in range(first, plan.federated.num_rounds + 1):
-        result = trainer.train_round(round_number, optimizer_state, alone_journal)
+    stride, num_rounds = plan.federated.tokens_per_round, plan.federated.num_rounds
+
+    def tell(done: int) -> None:
+        if on_tokens is not None:
+            on_tokens((round_number - 1) * stride + done, num_rounds * stride)
+
+    for round_number in range(first, num_rounds + 1):
+        result = trainer.train_round(round_number, optimizer_state, tell)
         optimizer_state = result.optimizer_state
     recipe: dict[str, JsonValue] = {"site": site.name, "plan": plan.model_dump(mode="json")}
     with write_artifact(out, "adapter", recipe=recipe, seed=plan.seed) as writer:

@@ -10,13 +10,13 @@ from mutirao.config import Config
 class LoRAConfig(Config):
     """Which low-rank updates are trained."""
 
-    rank: int = Field(default=8, ge=1, le=1024)
+    rank: int = Field(default=16, ge=1, le=1024)
     """Rank of each update."""
-    alpha: float = Field(default=16.0, gt=0)
+    alpha: float = Field(default=32.0, gt=0)
     """Scale numerator: updates are multiplied by alpha / rank."""
     target_modules: tuple[str, ...] = ("q_proj", "v_proj", "o_proj", "down_proj")
     """Names of the linear layers that get an update."""
-    num_layers: int = Field(default=6, ge=0)
+    num_layers: int = Field(default=4, ge=0)
     """Only the last so many layers get updates, which spares the backward pass through the
     others; 0 for all."""
     freeze_a: bool = True
