@@ -29,7 +29,7 @@ class FederatedConfig(Config):
     """Step along the mean update; 1 with no momentum is FedAvg."""
     outer_momentum: float = Field(default=0.0, ge=0, lt=1)
     """Nesterov momentum of the outer step (DiLoCo: 0.9 with a learning rate of 0.7)."""
-    monitor_tokens: int = Field(default=800, ge=0)
+    monitor_tokens: int = Field(default=500, ge=0)
     """Held-out tokens on which each site measures the model it receives; 0 for none."""
     connect_timeout_s: float = Field(default=120.0, gt=0)
     """Longest wait for all sites to connect, in seconds."""

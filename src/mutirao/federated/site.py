@@ -178,6 +178,7 @@ def answer_round(
     if (kept := journal.read_reply(round_number, request_sha256)) is not None:
         update = EncodedUpdate(kept.pop("codes"), kept.pop("scales"))
         return RoundReply(update, RoundAnswer.model_validate(kept))
+    _import_early()
     with _turn(site):
         started = time.monotonic()
         trainer = LocalTrainer(site, plan)
@@ -243,6 +244,12 @@ def train_alone(
     del trainer
     gc.collect()  # PEFT's models are in cycles; the next silo's would come on top
     return read_manifest(out)
+
+
+def _import_early() -> None:
+    """Import what loading a model takes seconds to import, before waiting for the turn."""
+    import peft  # noqa: F401
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
 
 
 @contextmanager
