@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from mutirao.compress.config import CompressConfig
 from mutirao.compress.rtn import compress_model
-from mutirao.models.packed import expand_state, pack_codes
+from mutirao.formats.compressed_tensors import expand_state, pack_codes
 
 helpers = pytest.importorskip(
     "compressed_tensors.compressors.pack_quantized.helpers",

@@ -23,8 +23,8 @@ from mutirao.compress.config import CompressConfig
 from mutirao.compress.grid import quantize_weight
 from mutirao.console import format_bytes, track
 from mutirao.errors import InputError
+from mutirao.formats.compressed_tensors import is_packed, pack_codes
 from mutirao.formats.huggingface import load_causal_lm
-from mutirao.models.packed import is_packed, pack_codes
 
 
 def compress_model(path: Path, out: Path, config: CompressConfig) -> None:

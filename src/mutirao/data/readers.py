@@ -70,11 +70,21 @@ def list_files(folder: Path) -> list[Path]:
 
 
 def folder_sha256(folder: Path) -> str:
-    """Return one sha256 of the names and contents of the files that ``read_folder`` reads."""
+    """Return one sha256 of the names and contents of the files that ``read_folder`` reads.
+
+    Raises:
+        DataError: the folder holds nothing to read, or a file may not be read.
+    """
     digest = hashlib.sha256()
     for path in list_files(folder):
         name = path.relative_to(folder).as_posix()
-        digest.update(f"{sha256_of_file(path)} {name}\n".encode("utf-8", "surrogateescape"))
+        try:
+            content = sha256_of_file(path)
+        except OSError as error:
+            raise DataError(
+                f"{path} cannot be read: {error.strerror}; let this user read the silo's files"
+            ) from None
+        digest.update(f"{content} {name}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
 

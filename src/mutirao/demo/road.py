@@ -8,7 +8,6 @@ own besides, each with its own folder only.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -16,14 +15,14 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
-from mutirao.artifact import read_manifest, write_artifact, write_atomic
+from mutirao.artifact import write_artifact
 from mutirao.compress.config import CompressConfig
 from mutirao.console import step_progress
+from mutirao.demo.planning import load_plan, training_settings
 from mutirao.demo.recipe import DemoRecipe
 from mutirao.demo.steps import Step
 from mutirao.errors import DataError, SourceError
-from mutirao.federated.journal import CoordinatorJournal
-from mutirao.federated.plan import Plan, Site
+from mutirao.federated.plan import Site
 from mutirao.models.protocol import LanguageModel
 from mutirao.sources import FetchedSource, fetch, parse_source
 
@@ -249,19 +248,7 @@ def federated_steps(road: Road) -> list[Step]:
     """One adapter, trained by all silos together."""
     path = road.run / "federated"
     parents = (road.run / "model", *(road.run / "data" / name for name in road.silos))
-    return [Step(path, lambda: _make_federated(road, path), _training_settings(road), parents)]
-
-
-def _training_settings(road: Road) -> dict[str, JsonValue]:
-    recipe = road.recipe
-    # Which port was used says nothing about the result.
-    federated = recipe.federated.model_dump(mode="json", exclude={"port"})
-    return {
-        "federated": federated,
-        "lora": recipe.lora.model_dump(mode="json"),
-        "train": recipe.train.model_dump(mode="json"),
-        "seed": recipe.seed,
-    }
+    return [Step(path, lambda: _make_federated(road, path), training_settings(road), parents)]
 
 
 def _make_federated(road: Road, path: Path) -> None:
@@ -291,38 +278,6 @@ def _make_federated(road: Road, path: Path) -> None:
     )
 
 
-def load_plan(road: Road) -> Plan:
-    """Return the federation's plan, made anew when what it depends on has changed."""
-    from mutirao.federated.adapter import write_start_apart
-
-    data = {name: read_manifest(road.run / "data" / name).sha256 for name in road.silos}
-    model = road.run / "model"
-    key: dict[str, JsonValue] = {"settings": _training_settings(road), "data": dict(data)}
-    key["model"] = read_manifest(model).sha256
-    if (kept := _kept_plan(road, key)) is not None:
-        return kept.model_copy(update={"federated": road.recipe.federated})
-    if road.work.exists():
-        shutil.rmtree(road.work)
-    recipe = road.recipe
-    plan = write_start_apart(
-        model, road.work / "coordinator", recipe.federated, recipe.lora, recipe.train, recipe.seed
-    )
-    write_atomic(road.work / "plan.json", plan.model_dump_json(indent=1))
-    write_atomic(road.work / "plan-key.json", json.dumps(key))
-    return plan
-
-
-def _kept_plan(road: Road, key: dict[str, JsonValue]) -> Plan | None:
-    """Return the plan of an earlier call; None where it is another, damaged, or lost its start."""
-    try:
-        if json.loads((road.work / "plan-key.json").read_bytes()) != key:
-            return None
-        plan = Plan.model_validate_json((road.work / "plan.json").read_bytes())
-    except (OSError, ValueError):
-        return None
-    return plan if CoordinatorJournal(road.work / "coordinator").has_start() else None
-
-
 # --- alone: what each silo would have without the others -----------------------------------
 
 
@@ -347,7 +302,7 @@ def _alone_step(road: Road, name: str) -> Step:
                 on_tokens=lambda done, total: progress.update(task, completed=done, total=total),
             )
 
-    return Step(path, make, _training_settings(road), parents)
+    return Step(path, make, training_settings(road), parents)
 
 
 # --- merge and compress: as small as it can bear -------------------------------------------

@@ -52,8 +52,8 @@ def claim_folder(run: Path, *, fresh: bool) -> Iterator[None]:
     """
     _check_folder(run)
     with explain_disk_errors(run), _lock(run):
-        for partial in run.rglob(".*.partial"):
-            shutil.rmtree(partial, ignore_errors=True)
+        for left in (*run.rglob(".*.partial"), *run.rglob(".*.old")):
+            _remove(left)
         if fresh:
             _remove_run(run)
         missing = NEEDED_BYTES - _used_bytes(run) - shutil.disk_usage(run).free
@@ -113,11 +113,14 @@ def _lock(run: Path) -> Iterator[None]:
 def _remove_run(run: Path) -> None:
     """Remove what a run leaves, and nothing else that someone may keep in its folder."""
     for name in RUN_NAMES:
-        path = run / name
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+        _remove(run / name)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _used_bytes(folder: Path) -> int:
@@ -134,4 +137,4 @@ def remove_stale(run: Path, wanted: set[Path]) -> None:
     for group in GROUPS:
         for path in sorted((run / group).glob("*")):
             if path not in wanted:
-                shutil.rmtree(path)
+                _remove(path)

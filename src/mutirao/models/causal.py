@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mutirao.errors import FormatError, InputError
+from mutirao.formats.compressed_tensors import is_packed, load_packed
 from mutirao.formats.huggingface import Dtype, load_causal_lm
 from mutirao.models.batching import group_by_length, pad_sequences
 from mutirao.models.head import hidden_states, masked_loss_sum, selected_logprobs, split_model
-from mutirao.models.packed import is_packed, load_packed
 
 __all__ = ["CausalModel", "masked_loss_sum"]
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mutirao.errors import FormatError
-from mutirao.models.packed import (
+from mutirao.formats.compressed_tensors import (
     expand_state,
     expand_weight,
     is_packed,
