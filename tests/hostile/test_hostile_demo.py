@@ -35,8 +35,8 @@ from mutirao.federated.journal import CoordinatorJournal, RoundRecord
 pytestmark = pytest.mark.timeout(600)
 
 WITHOUT_ROOM_CHECK = """\
-import mutirao.demo.runner as runner
-runner.NEEDED_BYTES = 0
+import mutirao.demo.run_folder as run_folder
+run_folder.NEEDED_BYTES = 0
 from mutirao.cli import main
 if __name__ == "__main__":
     main()

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from small_road import write_silo
 
 ROOT = Path(__file__).parents[2]
 
@@ -18,10 +19,7 @@ def test_quick_start_runs_as_it_is_printed(tmp_path, monkeypatch, capsys, tiny_m
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MUTIRAO_HOME", str(tmp_path / "home"))
     shutil.copytree(tiny_model_directory, tmp_path / "my-model")
-    notes = tmp_path / "my-notes"
-    notes.mkdir()
-    lines = [f"Note {n}: the patient of bed {n} slept well and eats again." for n in range(200)]
-    (notes / "notes.txt").write_text("\n\n".join(lines), encoding="utf-8")
+    write_silo(tmp_path / "my-notes", 0)
     (block,) = _blocks("README.md", "python")
     exec(compile(block, "README.md", "exec"), {})
     printed = capsys.readouterr().out
