@@ -1,8 +1,9 @@
 """Tell the records of four real hospitals (UCI Heart Disease, CC BY 4.0) as short texts.
 
 Detrano et al. 1989, American Journal of Cardiology 64:304-310; A. Janosi, W. Steinbrunn,
-M. Pfisterer and R. Detrano collected them. The tables are not part of this project; name
-their folder in MUTIRAO_TEST_DATA, or put them in shared/data beside the checkout.
+M. Pfisterer and R. Detrano collected them. The tables are not part of this project: a folder
+``heart_disease`` with them is looked for in MUTIRAO_TEST_DATA, or in ``shared/data`` beside
+the checkout.
 """
 
 from __future__ import annotations

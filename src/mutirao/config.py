@@ -103,18 +103,18 @@ def _template_lines(config: Config, prefix: str) -> list[str]:
                 tables += [f"[[{prefix}{name}]]", *_template_lines(each, f"{prefix}{name}."), ""]
         elif isinstance(value, dict):
             pairs = ", ".join(
-                f"{_toml_text(key)} = {_toml_text(each)}" for key, each in value.items()
+                f"{toml_value(key)} = {toml_value(each)}" for key, each in value.items()
             )
             plain += [*comment, f"{name} = {{{pairs}}}"]
         elif value is not None:
-            plain += [*comment, f"{name} = {_toml_text(value)}"]
+            plain += [*comment, f"{name} = {toml_value(value)}"]
     return plain + tables
 
 
-def _toml_text(value: Any) -> str:
-    """One value as TOML; JSON's strings, numbers, booleans and lists are TOML's too."""
+def toml_value(value: Any) -> str:
+    """Return one value as TOML; JSON's strings, numbers, booleans and lists are TOML's too."""
     if isinstance(value, tuple | list | set | frozenset):
-        return "[" + ", ".join(_toml_text(item) for item in value) + "]"
+        return "[" + ", ".join(toml_value(item) for item in value) + "]"
     # DEL is the one character that JSON leaves as it is and TOML wants escaped.
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 

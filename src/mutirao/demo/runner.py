@@ -16,13 +16,15 @@ from mutirao.console import configure_logging, console, format_bytes, format_dur
 from mutirao.demo.meter import Meter
 from mutirao.demo.recipe import DemoRecipe
 from mutirao.demo.road import STAGES, Road, Stage, check_recipe
-from mutirao.demo.run_folder import claim_folder, remove_stale
+from mutirao.demo.run_folder import claim_folder, refuse_other_subject, remove_stale
 from mutirao.demo.steps import do_step, is_done
 from mutirao.environment import silence
 from mutirao.errors import InputError, MutiraoError, explain_disk_errors
 from mutirao.federated.deployment import end_with_parent
 
 STOP_GRACE_S = 20.0
+MAX_SENTENCE = 4_000
+"""Characters of a stage's error: well below what a pipe holds while nobody reads it."""
 RECORD_KEYS = {"stage", "seconds", "peak_memory_bytes", "resumed"}
 
 
@@ -46,6 +48,7 @@ def run_demo(recipe: DemoRecipe, run: Path, *, fresh: bool = False) -> Path:
     """
     check_recipe(recipe)
     with claim_folder(run, fresh=fresh):
+        refuse_other_subject(run, recipe)
         return _go(Road(recipe, run.resolve()))
 
 
@@ -153,7 +156,7 @@ def _stage_main(name: str, recipe_json: str, run: str, sender: Connection) -> No
                 with explain_disk_errors(step.path):
                     do_step(step, road.records)
     except MutiraoError as error:
-        sender.send((error.exit_code, str(error)))
+        sender.send((error.exit_code, str(error)[:MAX_SENTENCE]))
         raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt:
         os._exit(130)  # what was begun is in hidden partial folders; nothing more to tidy

@@ -56,6 +56,16 @@ def do_step(step: Step, records: Path) -> None:
     write_atomic(_record_path(step, records), json.dumps(record))
 
 
+def made_paths(records: Path) -> list[Path]:
+    """Return where the artifacts of all recorded steps stand."""
+    made = []
+    for path in sorted(records.glob("*.json")):
+        group, _, name = path.stem.partition("-")
+        if name:
+            made.append(records.parent / group / name)
+    return made
+
+
 def _key(step: Step) -> str:
     parents = [read_manifest(parent).sha256 for parent in step.parents]
     content = {"settings": dict(step.settings), "parents": parents}
@@ -63,4 +73,4 @@ def _key(step: Step) -> str:
 
 
 def _record_path(step: Step, records: Path) -> Path:
-    return records / f"{step.path.parent.name}-{step.path.name}.json"
+    return records / f"{'-'.join(step.path.relative_to(records.parent).parts)}.json"

@@ -1,7 +1,8 @@
 """Federated training: each site trains on its own data, only updates travel.
 
-Flower is the transport and the process model; everything numeric is ours. Flower's names
-appear only in ``client_app``, ``server_app`` and ``deployment``; ``site`` and ``strategy``
+Flower is the transport and the process model; everything numeric is ours. Flower is
+imported only in ``client_app``, ``server_app`` and ``messages``, and started by
+``deployment``; ``site`` and ``strategy``
 know nothing of how messages move. May import inference and everything below.
 
 Not here yet: secure aggregation, differential privacy, site policies, constant-memory

@@ -7,6 +7,7 @@ coordinator cannot name paths.
 
 from __future__ import annotations
 
+import traceback
 from pathlib import Path
 
 from flwr.app import Context, Message
@@ -29,7 +30,7 @@ def train_round(message: Message, context: Context) -> Message:
     site = load_json(Site, Path(str(context.node_config["site-file"])))
     journal = SiteJournal(site.work)
     bytes_received = count_bytes(message.content)
-    sha256 = None
+    round_number, sha256, told = None, None, None
     try:
         from mutirao.federated.site import answer_round
 
@@ -38,14 +39,19 @@ def train_round(message: Message, context: Context) -> Message:
         content = pack_reply(reply)
         sha256 = reply.update.sha256
     except MutiraoError as error:
-        content = pack_error(f"site {site.name}: {error}")
-        round_number = None
+        told = f"site {site.name}: {error}"
+        content = pack_error(told)
+    except Exception:
+        # What Flower would send of it may quote the site's text; that stays in the site's log.
+        journal.log(event="failed", round=round_number, traceback=traceback.format_exc())
+        told = f"site {site.name} failed; its own log, log.jsonl in its work folder, says why"
+        content = pack_error(told)
     journal.log(
         event="left the site",
         round=round_number,
         bytes_received=bytes_received,
         bytes_sent=count_bytes(content),
-        content="adapter update, 8-bit codes and scales" if sha256 else "an error sentence",
+        content=told or "adapter update: 8-bit codes, scales, and the numbers of the round",
         update_sha256=sha256,
     )
     return Message(content, reply_to=message)

@@ -69,7 +69,7 @@ def decode_update(update: EncodedUpdate, size: int) -> NDArray[np.float32]:
         size: number of values that is expected.
 
     Raises:
-        UpdateError: types or sizes are wrong, or a scale is negative or not finite.
+        UpdateError: types or sizes are wrong, or a scale or value is not finite.
     """
     codes, scales = update.codes, update.scales
     num_blocks = -(-size // BLOCK_SIZE)
@@ -85,4 +85,8 @@ def decode_update(update: EncodedUpdate, size: int) -> NDArray[np.float32]:
         )
     if not np.isfinite(scales).all() or (scales < 0).any():
         raise UpdateError("an update has a scale that is negative or not finite")
-    return codes.astype(np.float32) * np.repeat(scales, BLOCK_SIZE)[:size]
+    with np.errstate(over="ignore"):
+        values = codes.astype(np.float32) * np.repeat(scales, BLOCK_SIZE)[:size]
+    if not np.isfinite(values).all():
+        raise UpdateError("an update has values too large for float32")
+    return values

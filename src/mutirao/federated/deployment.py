@@ -23,6 +23,7 @@ from pathlib import Path
 import psutil
 
 from mutirao.artifact import write_atomic
+from mutirao.config import toml_value
 from mutirao.environment import child_environment
 from mutirao.errors import FederationError, PortInUseError
 from mutirao.federated.journal import CoordinatorJournal, RoundRecord, SiteJournal
@@ -93,7 +94,9 @@ def run_federation(
         return journal.records()
     port = _claim_port(plan.federated.port)
     journal.status_path.unlink(missing_ok=True)
-    coordinator = Coordinator(plan=plan, num_sites=len(sites), work=work)
+    coordinator = Coordinator(
+        plan=plan, sites=tuple(sorted(site.name for site in sites)), work=work
+    )
     environment = _flower_environment(work)
     with _flower_processes(sites, work, port, environment) as processes:
         _submit(coordinator, work, port, environment)
@@ -149,7 +152,7 @@ def _flower_processes(
             site_path = work / "sites" / f"{site.name}.json"
             write_atomic(site_path, site.model_dump_json(indent=1))
             node_path = work / "sites" / f"{site.name}.toml"
-            write_atomic(node_path, f"site-file = {json.dumps(str(site_path))}\n")
+            write_atomic(node_path, f"site-file = {toml_value(str(site_path))}\n")
             node = ["--superlink", f"{LOOPBACK}:{port}", "--port", str(_claim_port(0))]
             node += ["--node-config", str(node_path)]
             label = f"SuperNode of site {site.name}"
@@ -201,7 +204,7 @@ def _submit(coordinator: Coordinator, work: Path, port: int, environment: dict[s
     coordinator_path = work / "coordinator.json"
     write_atomic(coordinator_path, coordinator.model_dump_json(indent=1))
     run_path = work / "run.toml"
-    write_atomic(run_path, f"coordinator-file = {json.dumps(str(coordinator_path))}\n")
+    write_atomic(run_path, f"coordinator-file = {toml_value(str(coordinator_path))}\n")
     app = work / "app"
     write_atomic(app / "pyproject.toml", _APP_FILE)
     write_atomic(

@@ -21,6 +21,8 @@ from mutirao.federated.site import RoundAnswer, RoundReply
 
 ARRAYS = "arrays"
 TEXT = "text"
+MAX_SENTENCE = 500
+"""Characters of a site's error that are shown."""
 
 
 def pack_request(plan: Plan, round_number: int, state: NDArray[np.float32]) -> RecordDict:
@@ -40,7 +42,7 @@ def unpack_request(content: RecordDict) -> tuple[Plan, int, NDArray[np.float32]]
         plan = Plan.model_validate(request["plan"])
         round_number = int(request["round"])
         state = arrays["state"]
-    except (KeyError, ValueError, TypeError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise FederationError(f"the coordinator sent a malformed request: {error}") from None
     if state.dtype != np.float32 or state.ndim != 1 or not np.isfinite(state).all():
         raise FederationError(
@@ -71,12 +73,17 @@ def unpack_reply(content: RecordDict) -> RoundReply:
     try:
         arrays, text = _unpack(content)
         if (error := text.get("error")) is not None:
-            raise FederationError(str(error))
+            raise FederationError(_printable(str(error)))
         answer = RoundAnswer.model_validate(text["answer"])
         update = EncodedUpdate(arrays["codes"], arrays["scales"])
-    except (KeyError, ValueError, TypeError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, EOFError, RecursionError) as error:
         raise UpdateError(f"a site sent a malformed reply: {error}") from None
     return RoundReply(update, answer)
+
+
+def _printable(text: str) -> str:
+    """A stranger's sentence, safe for a terminal and not too long for one."""
+    return "".join(each if each.isprintable() else " " for each in text[:MAX_SENTENCE])
 
 
 def count_bytes(content: RecordDict) -> int:

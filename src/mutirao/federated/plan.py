@@ -34,7 +34,8 @@ class FederatedConfig(Config):
     connect_timeout_s: float = Field(default=120.0, gt=0)
     """Longest wait for all sites to connect, in seconds."""
     round_timeout_s: float = Field(default=1_800.0, gt=0)
-    """Longest wait for one site's update, in seconds."""
+    """Longest wait for all updates of a round, in seconds; sites that take turns on one
+    machine wait for each other in it."""
     port: int = Field(default=0, ge=0, le=65_535)
     """Port of the SuperLink on loopback; 0 takes a free one."""
 
@@ -87,7 +88,7 @@ class Coordinator(Config):
 
     plan: Plan
     """What is agreed."""
-    num_sites: int = Field(ge=1)
-    """Sites that must take part."""
+    sites: tuple[str, ...] = Field(min_length=1)
+    """Names of the sites that take part, all of them and no other."""
     work: Path
     """Where the rounds are journaled; holds the start as round 0."""

@@ -9,7 +9,7 @@ here yet.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +18,12 @@ from flwr.serverapp import Grid, ServerApp
 
 from mutirao.config import load_json
 from mutirao.environment import silence
-from mutirao.errors import FederationError, MutiraoError
+from mutirao.errors import FederationError, MutiraoError, UpdateError
 from mutirao.federated.codec import decode_update
 from mutirao.federated.journal import CoordinatorJournal, RoundRecord, SiteRound
 from mutirao.federated.messages import count_bytes, pack_request, unpack_reply
 from mutirao.federated.plan import Coordinator
+from mutirao.federated.site import RoundAnswer
 from mutirao.federated.strategy import WeightedUpdate, mean_update, outer_step
 
 POLL_S = 0.5
@@ -55,12 +56,18 @@ def _wait_for_sites(grid: Grid, coordinator: Coordinator) -> list[int]:
     deadline = time.monotonic() + timeout_s
     while True:
         node_ids = sorted(grid.get_node_ids())
-        if len(node_ids) >= coordinator.num_sites:
+        if len(node_ids) > len(coordinator.sites):
+            raise FederationError(
+                f"{len(node_ids)} nodes connected (expected {len(coordinator.sites)}); somebody "
+                "who was not invited is among them"
+            )
+        if len(node_ids) == len(coordinator.sites):
             return node_ids
         if time.monotonic() > deadline:
             raise FederationError(
-                f"{len(node_ids)} of {coordinator.num_sites} sites connected within "
-                f"{timeout_s:.0f} s; look at the sites' logs, then run the same command again"
+                f"{len(node_ids)} of {len(coordinator.sites)} sites connected within "
+                f"{timeout_s:.0f} s; look at the logs in {coordinator.work / 'logs'}, then run "
+                "the same command again"
             )
         time.sleep(POLL_S)
 
@@ -82,11 +89,7 @@ def _run_round(
     for message in _ask_all(grid, node_ids, request, number, plan.federated.round_timeout_s):
         reply = unpack_reply(message.content)
         answer = reply.answer
-        if answer.round != number or answer.site in updates:
-            raise FederationError(
-                f"site {answer.site} answered for round {answer.round} (expected one answer "
-                f"for round {number})"
-            )
+        _check_answer(answer, number, coordinator, updates)
         values = decode_update(reply.update, state["global"].size)
         updates[answer.site] = WeightedUpdate(values, float(answer.num_tokens))
         sites[answer.site] = SiteRound(
@@ -106,6 +109,31 @@ def _run_round(
         round=number, seconds=time.monotonic() - started, sites=dict(sorted(sites.items()))
     )
     journal.append(record, {"global": np.asarray(new_state), "momentum": momentum})
+
+
+def _check_answer(
+    answer: RoundAnswer, number: int, coordinator: Coordinator, updates: Container[str]
+) -> None:
+    """Refuse an answer of a stranger, of another round, or with a weight beyond the plan.
+
+    Raises:
+        UpdateError: what is wrong with it, by name.
+    """
+    plan = coordinator.plan
+    most = plan.federated.tokens_per_round + 2 * plan.train.max_tokens_per_example
+    if answer.site not in coordinator.sites or answer.site in updates:
+        raise UpdateError(
+            f"an answer came in the name of {answer.site[:64]!r} (expected one of each of "
+            f"{', '.join(coordinator.sites)})"
+        )
+    if answer.round != number:
+        raise UpdateError(
+            f"site {answer.site} answered for round {answer.round} (expected {number})"
+        )
+    if answer.num_tokens > most:
+        raise UpdateError(
+            f"site {answer.site} claims {answer.num_tokens} tokens (the plan has at most {most})"
+        )
 
 
 def _ask_all(

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import JsonValue
+from pydantic import Field, JsonValue
 
 from mutirao.artifact import Manifest, canonical_json, open_artifact, read_manifest, write_artifact
 from mutirao.config import Config
@@ -56,13 +56,13 @@ class RoundAnswer(Config):
     """The site's name."""
     round: int
     """The round they belong to."""
-    num_tokens: int
+    num_tokens: int = Field(gt=0)
     """Training tokens: the update's weight."""
-    train_loss: float
+    train_loss: float = Field(ge=0, allow_inf_nan=False)
     """Mean training loss, nats per token."""
-    heldout_loss: float | None
+    heldout_loss: float | None = Field(ge=0, allow_inf_nan=False)
     """Loss of the model as received on held-out text, nats per token."""
-    seconds: float
+    seconds: float = Field(ge=0, allow_inf_nan=False)
     """Time of the work, in seconds."""
 
 

@@ -74,8 +74,15 @@ def outer_step(
 
     Returns:
         The new state and the new momentum, float32.
+
+    Raises:
+        UpdateError: the step leads out of float32; the state must not be kept.
     """
     velocity = momentum_decay * momentum.astype(np.float64) + mean
     step = mean + momentum_decay * velocity if momentum_decay > 0 else mean
     new_state = state.astype(np.float64) + learning_rate * step
-    return new_state.astype(np.float32), velocity.astype(np.float32)
+    with np.errstate(over="ignore"):
+        result = new_state.astype(np.float32), velocity.astype(np.float32)
+    if not all(np.isfinite(each).all() for each in result):
+        raise UpdateError("this round's updates lead to values too large for float32")
+    return result

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
-from mutirao.artifact import open_artifact, read_manifest, write_artifact
+from mutirao.artifact import open_artifact, write_artifact
 from mutirao.console import console
 from mutirao.environment import cache_directory
 from mutirao.errors import ArtifactError
@@ -43,7 +43,7 @@ def _converted(source: FetchedSource) -> Path:
     summary = check_gguf(source.path)
     path = cache_directory() / "converted" / source.sha256
     try:
-        read_manifest(path)
+        open_artifact(path, "model")
     except ArtifactError:
         console.print(f"dequantizing {source.path.name} once, into the cache", style="dim")
         recipe: dict[str, JsonValue] = {

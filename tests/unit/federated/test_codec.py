@@ -60,6 +60,7 @@ def _good():
         (lambda u: u.codes, lambda u: -u.scales),
         (lambda u: u.codes, lambda u: u.scales * np.float32(np.nan)),
         (lambda u: u.codes, lambda u: u.scales * np.float32(np.inf)),
+        (lambda u: u.codes, lambda u: np.full_like(u.scales, 3e38)),
     ],
 )
 def test_malformed_update_is_refused(codes, scales):

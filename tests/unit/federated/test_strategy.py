@@ -53,3 +53,9 @@ def test_outer_step_is_torch_sgd_on_the_negative_mean(learning_rate, decay):
             state, momentum, mean, learning_rate=learning_rate, momentum_decay=decay
         )
     assert state == pytest.approx(parameter.detach().numpy(), abs=1e-5)
+
+
+def test_a_step_out_of_float32_is_refused():
+    large = np.full(3, 3e38, np.float32)
+    with pytest.raises(UpdateError, match="too large"):
+        outer_step(large, large * 0, np.full(3, 3e38), learning_rate=1.0, momentum_decay=0.0)

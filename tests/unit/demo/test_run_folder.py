@@ -1,0 +1,60 @@
+"""A run's folder is not written over by another subject, and keeps what is not the run's."""
+
+import pytest
+
+from mutirao.artifact import write_artifact
+from mutirao.config import parse_recipe
+from mutirao.demo.recipe import DemoRecipe
+from mutirao.demo.run_folder import refuse_other_subject, remove_stale
+from mutirao.demo.steps import Step, do_step
+from mutirao.errors import InputError, RecipeError
+
+
+def _silos(tmp_path, *names):
+    folders = {name: str(tmp_path / name) for name in names}
+    return DemoRecipe(silos=folders)
+
+
+def test_a_run_on_other_silos_is_refused(tmp_path):
+    (tmp_path / "recipe.json").write_text(_silos(tmp_path, "a", "b").model_dump_json())
+    refuse_other_subject(tmp_path, _silos(tmp_path, "a", "b"))
+    with pytest.raises(InputError, match="--fresh"):
+        refuse_other_subject(tmp_path, DemoRecipe())
+    with pytest.raises(InputError, match="silos"):
+        refuse_other_subject(tmp_path, _silos(tmp_path, "a", "c"))
+
+
+def test_other_settings_of_the_same_run_are_fine(tmp_path):
+    (tmp_path / "recipe.json").write_text(DemoRecipe().model_dump_json())
+    refuse_other_subject(tmp_path, DemoRecipe(question="Another?"))
+
+
+def test_only_what_a_step_made_is_removed(tmp_path):
+    def make(path):
+        def write():
+            with write_artifact(path, "data") as writer:
+                (writer.path / "file").write_text("x")
+
+        return Step(path, write)
+
+    old, kept = tmp_path / "compressed" / "2-bit", tmp_path / "compressed" / "8-bit"
+    for path in (old, kept):
+        do_step(make(path), tmp_path / "steps")
+    (tmp_path / "compressed" / "my own").mkdir()
+    (tmp_path / "compressed" / "notes.txt").write_text("mine")
+    remove_stale(tmp_path, {kept})
+    left = sorted(path.name for path in (tmp_path / "compressed").iterdir())
+    assert left == ["8-bit", "my own", "notes.txt"]
+
+
+@pytest.mark.parametrize("second", ["same", "same/inner"])
+def test_silos_must_not_share_a_folder(tmp_path, second):
+    silos = {"a": str(tmp_path / "same"), "b": str(tmp_path / second)}
+    with pytest.raises(RecipeError, match="share a folder"):
+        parse_recipe(DemoRecipe, {"silos": silos})
+
+
+@pytest.mark.parametrize("compress", [[], [{"bits": 4}, {"bits": 4, "group_size": 64}]])
+def test_each_bit_width_is_named_once(compress):
+    with pytest.raises(RecipeError, match="each once"):
+        parse_recipe(DemoRecipe, {"compress": compress})
