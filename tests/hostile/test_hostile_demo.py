@@ -174,7 +174,16 @@ def silo(tmp_path):
     return tmp_path / "silo"
 
 
+def name_silo(run, name, folder):
+    """Make a prepared run one of this folder, as if it had been named from the start."""
+    recipe = json.loads((run / "recipe.json").read_text())
+    recipe["silos"][name] = str(folder)
+    (run / "recipe.json").write_text(json.dumps(recipe))
+
+
 def run_with_silo(road, run, silo):
+    if run.exists():
+        name_silo(run, "south", silo)
     return road.run("--out", str(run), "--set", f"silos.south={json.dumps(str(silo))}")
 
 
@@ -224,6 +233,9 @@ def test_a_silo_with_too_little_text(road, run_folder, silo):
 
 
 def run_with_model(road, run, source, **environment):
+    if run.exists():
+        recipe = json.loads((run / "recipe.json").read_text())
+        (run / "recipe.json").write_text(json.dumps({**recipe, "model": str(source)}))
     return subprocess.run(
         road.command("--out", str(run), "--set", f"model={json.dumps(str(source))}"),
         env={**road.environment(), "NO_PROXY": "127.0.0.1", **environment},
@@ -356,9 +368,7 @@ def test_a_disk_that_is_full_in_the_middle_of_a_stage(road, prepared, tmp_path, 
             big = write_silo(tmp_path / "big", 0)
             (big / "more.txt").write_text("\n\n".join(_sentences()))
             more = ["--set", f"silos.north={json.dumps(str(big))}"]
-            recipe = json.loads((disk / "recipe.json").read_text())
-            recipe["silos"]["north"] = str(big)
-            (disk / "recipe.json").write_text(json.dumps(recipe))
+            name_silo(disk, "north", big)
         command = [sys.executable, str(script), *road.command("--out", str(disk))[1:]]
         result = subprocess.run(
             [*command, *(more if has_model else [])],
