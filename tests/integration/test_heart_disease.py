@@ -46,7 +46,7 @@ def test_outcomes_of_all_hospitals_are_scored(tmp_path, tiny_model_directory):
         assert report.num_kept >= 0.95 * NUM_PATIENTS[hospital], report.dropped
         held_out[hospital] = load_records(out, "heldout")
     model = CausalModel.open(tiny_model_directory, dtype="float32")
-    config = EvaluationConfig(num_questions=0, num_outcomes=500)
+    config = EvaluationConfig(num_questions=0, num_outcomes=500, max_tokens=120)
     evaluation = evaluate_silos(model, held_out, config, label="tiny")
     for hospital in HOSPITALS:
         outcomes = evaluation.silos[hospital].outcomes
