@@ -12,6 +12,8 @@
     ├── NetworkError             1  a download failed or no network is there
     │   └── ChecksumError        1  what came is not what was pinned
     ├── DiskFullError            1  no room is left to write
+    ├── InferenceError           1  the engine failed while it ran: a read error, no memory
+    │   └── MissingKernelError   1  there is no native kernel, and no compiler to make one
     └── FederationError          1  a site or the server was lost, or answered wrongly
         └── UpdateError          1  a site's update is malformed, non-finite or of another shape
 
@@ -79,6 +81,14 @@ class ChecksumError(NetworkError):
 
 class DiskFullError(MutiraoError):
     """No room is left where something had to be written."""
+
+
+class InferenceError(MutiraoError):
+    """The engine failed while it ran: a read error, a damaged store, no memory."""
+
+
+class MissingKernelError(InferenceError):
+    """There is no native kernel for this machine, and no compiler to make one."""
 
 
 class FederationError(MutiraoError):

@@ -1,0 +1,7 @@
+#include "kernels.h"
+
+#include "simd_avx512.h"
+
+#define KERNELS kernels_avx512
+#define KERNELS_NAME "avx512"
+#include "kernels_impl.h"

@@ -1,0 +1,206 @@
+"""The C library: compiled once with whatever C compiler there is, loaded by ctypes.
+
+An installed package brings it along; in a checkout, or where the sources have changed since,
+it is compiled when it is first wanted (about half a minute). Where there is neither a library
+nor a compiler, ``load_library`` says so and inference falls back to plain PyTorch. Plain ctypes,
+so that the interpreter's lock is free while C runs, and one build serves all Python versions.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from mutirao.console import console
+from mutirao.environment import cache_directory
+from mutirao.errors import MissingKernelError
+
+HERE = Path(__file__).parent
+SUFFIX = "so"
+COMMON_FLAGS = ("-std=c11", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-pthread")
+SOURCES: dict[str, tuple[str, ...]] = {
+    "engine.c": ("-O2",),
+    "stream.c": ("-O2",),
+    "pool.c": ("-O2",),
+    "weights.c": ("-O3",),
+    "kernels_scalar.c": ("-O2",),
+}
+X86_SOURCES: dict[str, tuple[str, ...]] = {
+    "kernels_avx2.c": ("-O2", "-mavx2", "-mfma", "-mf16c"),
+    "kernels_avx512.c": (
+        *("-O2", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"),
+        *("-mfma", "-mf16c"),
+    ),
+}
+COMPILE_TIMEOUT_S = 600
+
+
+def sources() -> dict[str, tuple[str, ...]]:
+    """Return the C files for this machine and the flags of each."""
+    is_x86 = platform.machine() in ("x86_64", "AMD64")
+    return SOURCES | X86_SOURCES if is_x86 else dict(SOURCES)
+
+
+def source_hash() -> str:
+    """Return a hash of the C files and flags; a library built from others is not used."""
+    digest = hashlib.sha256(repr((COMMON_FLAGS, sources())).encode())
+    for path in sorted((*HERE.glob("*.c"), *HERE.glob("*.h"))):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def compile_library(path: Path) -> None:
+    """Compile the library to a path; needs ``cc`` (or what CC names).
+
+    Raises:
+        MissingKernelError: there is no compiler, or it failed; its words are in the message.
+    """
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if compiler is None:
+        raise MissingKernelError("there is no C compiler (expected cc, or what CC names)")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        objects = []
+        for name, flags in sources().items():
+            objects.append(f"{folder}/{name}.o")
+            _run([compiler, *COMMON_FLAGS, *flags, "-c", str(HERE / name), "-o", objects[-1]])
+        built = f"{folder}/library"
+        _run([compiler, "-shared", "-pthread", *objects, "-o", built, "-lm"])
+        os.replace(built, path)
+
+
+def _run(command: list[str]) -> None:
+    try:
+        subprocess.run(
+            command, check=True, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S
+        )
+    except subprocess.CalledProcessError as error:
+        said = (error.stderr or "").strip().splitlines()
+        raise MissingKernelError(
+            f"the C compiler failed: {said[0] if said else error}; see `{command[0]} --version`"
+        ) from None
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise MissingKernelError(f"the C compiler failed: {error}") from None
+
+
+@functools.cache
+def load_library() -> ctypes.CDLL:
+    """Return the library, compiled first if need be.
+
+    Raises:
+        MissingKernelError: it is switched off (MUTIRAO_KERNELS=none), or cannot be had.
+    """
+    if os.environ.get("MUTIRAO_KERNELS") == "none":
+        raise MissingKernelError("the native kernels are switched off by MUTIRAO_KERNELS=none")
+    return _declare(ctypes.CDLL(str(_find_or_compile())))
+
+
+def _find_or_compile() -> Path:
+    name = f"kernels-{source_hash()}.{SUFFIX}"
+    for folder in (HERE, cache_directory() / "kernels"):
+        if (folder / name).is_file():
+            return folder / name
+    path = cache_directory() / "kernels" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (path.parent / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.is_file():
+            console.print("compiling the inference kernels, once", style="dim")
+            compile_library(path)
+    return path
+
+
+class Extent(ctypes.Structure):
+    """A range of the weight store's file, in bytes; mirrors weights.h."""
+
+    _fields_ = (
+        ("offset", ctypes.c_int64),
+        ("num_bytes", ctypes.c_int64),
+        ("first_checksum", ctypes.c_int64),
+    )
+
+
+class TensorDescription(ctypes.Structure):
+    """A matrix, and how much of it is resident; mirrors weights.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("kind", "bits", "scales_kind")),
+        *((name, ctypes.c_int32) for name in ("num_rows", "num_columns", "num_planes")),
+        ("widths", ctypes.c_int32 * 5),
+        ("resident_planes", ctypes.c_int32),
+        ("centre", ctypes.c_float),
+        ("scales", Extent),
+        ("planes", Extent * 5),
+    )
+
+
+class OpDescription(ctypes.Structure):
+    """An operation of a program; mirrors engine.c."""
+
+    _fields_ = (
+        *((n, ctypes.c_int32) for n in ("kind", "input", "out", "weight", "bias", "other")),
+        *((n, ctypes.c_int32) for n in ("third", "accumulate", "layer", "num_heads")),
+        *((n, ctypes.c_int32) for n in ("num_kv_heads", "head_dim", "width", "window")),
+        *((n, ctypes.c_int32) for n in ("flag", "amount")),
+        ("factor", ctypes.c_float),
+        ("eps", ctypes.c_float),
+    )
+
+
+class Settings(ctypes.Structure):
+    """What an engine is made for; mirrors engine.c."""
+
+    _fields_ = (
+        *((n, ctypes.c_int32) for n in ("num_threads", "num_readers", "direct", "max_tokens")),
+        *((n, ctypes.c_int32) for n in ("num_layers", "num_kv_heads", "head_dim")),
+        ("max_positions", ctypes.c_int32),
+        ("ring_bytes", ctypes.c_int64),
+        ("piece_bytes", ctypes.c_int64),
+    )
+
+
+def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
+    pointer, text, number = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int
+    signatures: dict[str, tuple[object, list[object]]] = {
+        "engine_best_kernels": (text, []),
+        "engine_create": (pointer, [text, text, ctypes.POINTER(Settings)]),
+        "engine_error": (text, [pointer]),
+        "engine_kernels": (text, [pointer]),
+        "engine_describe": (
+            number,
+            [
+                *(pointer, ctypes.POINTER(TensorDescription), number),
+                *(pointer, pointer, number, pointer, pointer, number),
+                *(ctypes.POINTER(OpDescription), number, pointer, ctypes.c_int64),
+            ],
+        ),
+        "engine_load": (number, [pointer]),
+        "engine_bytes_loaded": (ctypes.c_int64, [pointer]),
+        "engine_bytes_read": (ctypes.c_int64, [pointer]),
+        "engine_wait_s": (ctypes.c_double, [pointer]),
+        "engine_op_s": (ctypes.c_double, [pointer, number]),
+        "engine_num_pieces": (number, [pointer]),
+        "engine_set_draft_planes": (None, [pointer, number, number]),
+        "engine_destroy": (None, [pointer]),
+        "engine_run": (number, [*(pointer, pointer), *([number] * 5), pointer, number]),
+        "engine_buffer": (pointer, [pointer, number, ctypes.POINTER(ctypes.c_int32)]),
+        "kernels_matmul": (
+            number,
+            [
+                *(text, ctypes.POINTER(TensorDescription), number, pointer, pointer, number),
+                *(pointer, number, pointer, number, pointer, number),
+            ],
+        ),
+    }
+    for name, (result, arguments) in signatures.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    return library
