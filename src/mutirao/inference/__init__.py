@@ -1,10 +1,32 @@
-"""Run a model: text out of a prompt, on the machine at hand.
+"""Run a model: text out of a prompt, on the machine at hand, in less memory than the model.
 
-Through transformers for now, with the whole model in memory. May import compress and
-everything below.
+``engine.Engine`` is the way in; ``generate.TextGenerator`` runs through transformers what the
+engine does not know. Names are imported when they are first used, so that the engine's path
+loads neither PyTorch nor transformers. May import compress and everything below.
 """
 
-from mutirao.inference.generate import Chat, Generation, TextGenerator
-from mutirao.inference.model_source import resolve_model
+from __future__ import annotations
 
-__all__ = ["Chat", "Generation", "TextGenerator", "resolve_model"]
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mutirao.inference.engine import Engine, Generation
+    from mutirao.inference.generate import Chat, TextGenerator
+    from mutirao.inference.model_source import resolve_model
+
+__all__ = ["Chat", "Engine", "Generation", "TextGenerator", "resolve_model"]
+
+_HOMES = {
+    "Chat": "generate",
+    "Engine": "engine",
+    "Generation": "engine",
+    "TextGenerator": "generate",
+    "resolve_model": "model_source",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

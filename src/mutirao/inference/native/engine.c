@@ -396,7 +396,7 @@ static matrix_view view_of(const tensor *t, int draft, const piece *p, const uin
         const int which = p->reads[i].which;
         const uint8_t *base = place + p->reads[i].at - p->begin * panel_bytes(t, which);
         if (which == 0) v.scales = base;
-        else if (!draft || which <= t->draft_planes) {
+        else if (!draft || !t->draft_planes || which <= t->draft_planes) {
             v.planes[v.num_planes] = base;
             bits += v.widths[v.num_planes++] = is->widths[which - 1];
         }

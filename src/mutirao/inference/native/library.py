@@ -31,6 +31,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "stream.c": ("-O2",),
     "pool.c": ("-O2",),
     "weights.c": ("-O3",),
+    "probe.c": ("-O2",),
     "kernels_scalar.c": ("-O2",),
 }
 X86_SOURCES: dict[str, tuple[str, ...]] = {
@@ -155,6 +156,16 @@ class OpDescription(ctypes.Structure):
     )
 
 
+class ProbeMatrix(ctypes.Structure):
+    """A matrix in one arrangement of planes, for the probe; mirrors probe.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("kind", "bits", "scales_kind")),
+        *((name, ctypes.c_int32) for name in ("num_rows", "num_columns", "num_planes")),
+        ("widths", ctypes.c_int32 * 5),
+    )
+
+
 class Settings(ctypes.Structure):
     """What an engine is made for; mirrors engine.c."""
 
@@ -199,6 +210,19 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
                 *(pointer, number, pointer, number, pointer, number),
             ],
         ),
+        "probe_matmul": (
+            number,
+            [
+                *(text, number, ctypes.POINTER(ProbeMatrix), pointer, ctypes.c_int64),
+                *(number, number, pointer),
+            ],
+        ),
+        "probe_attention": (
+            number,
+            [text, *([number] * 4), pointer, ctypes.c_int64, number, pointer],
+        ),
+        "probe_rows": (number, [text, *([number] * 5), pointer]),
+        "probe_barriers": (number, [number, number, number, pointer]),
     }
     for name, (result, arguments) in signatures.items():
         function = getattr(library, name)

@@ -1,0 +1,448 @@
+"""The engine: text out of a model, in as much memory as it is given.
+
+    engine = Engine.open("model.gguf", memory="600MB")
+    print(engine.generate("The capital of Portugal is").text)
+
+The first opening builds the weight store (once per model, in the cache); with less memory than
+the model, it also calibrates the draft. Memory means the peak of the whole process. Imports
+neither PyTorch nor transformers, except where there is no native kernel.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import resource
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from mutirao.errors import InputError
+from mutirao.inference.calibration import TEXT, Calibration, calibrate
+from mutirao.inference.decoding import Counts, Decoder
+from mutirao.inference.native.backend import NOTHING, NativeBackend, Placement
+from mutirao.inference.placement import Choice, multiplied, only_looked_up, pin, split
+from mutirao.inference.program import compile_program
+from mutirao.inference.sampling import Sampling
+from mutirao.inference.speculation import PassTimes
+from mutirao.inference.text_stream import Detokenizer, until_stop
+from mutirao.inference.tokenizer import Tokenizer
+from mutirao.inference.weight_store import WeightStore
+
+Message = Mapping[str, str]
+"""One turn of a conversation: {"role": "system" | "user" | "assistant", "content": text}."""
+Speculation = Literal["auto", "on", "off"]
+
+DEFAULT_CONTEXT = 2048
+MAX_DRAFT = 15
+PREFILL_TOKENS = 128
+CALIBRATION_TOKENS = 104
+RING_BYTES = 16 << 20
+PIECE_BYTES = 1 << 20
+SLACK_BYTES = 20 << 20
+"""Left for what Python and the C library need while generating (measured: 6 to 12 MB)."""
+MIN_STREAMED_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A finished text and how it came."""
+
+    text: str
+    """What was generated, without the prompt."""
+    num_tokens: int
+    """Generated tokens, the end-of-text token included."""
+    seconds: float
+    """Time from the request to the last token."""
+    time_to_first_token_s: float
+    """Time from the request to the first token, in seconds."""
+    tokens_per_s: float
+    """Tokens after the first, over the time they took; over all where there is only one."""
+    bytes_read_per_token: float = 0.0
+    """Bytes of weights read from the disk, over the tokens after the first."""
+    acceptance: float | None = None
+    """Share of drafted tokens that were kept; None without drafts."""
+    peak_memory_bytes: int = 0
+    """Peak resident memory of the process so far."""
+    predicted_tokens_per_s: float | None = None
+    """What the cost model expected; None where it was not asked."""
+    plan: str = ""
+    """How the weights were placed, in words."""
+
+    def to_json(self) -> str:
+        """Return these fields as JSON."""
+        return json.dumps(asdict(self), ensure_ascii=False)
+
+
+@dataclass
+class _Opened:
+    """What an engine was opened with."""
+
+    choice: Choice
+    placement: Placement
+    has_draft: bool
+    plan: str
+    predicted_tokens_per_s: float | None = None
+    memory: dict[str, int] = field(default_factory=dict)
+
+
+class Engine:
+    """A model ready to write; close it, or use it as a context manager."""
+
+    def __init__(
+        self, store: WeightStore, backend: NativeBackend, tokenizer: Tokenizer, opened: _Opened
+    ) -> None:
+        """Use ``Engine.open``."""
+        self.store, self.backend, self.tokenizer, self.opened = store, backend, tokenizer, opened
+        self.name = store.directory.name
+        speculates = opened.placement.max_logit_rows > 1
+        self.decoder = Decoder(
+            backend,
+            times=PassTimes(0.03, 0.1, 0.01),
+            max_draft=opened.placement.max_logit_rows - 1 if speculates else 0,
+            has_draft=opened.has_draft,
+        )
+        self._counts = Counts()
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        *,
+        memory: int | None = None,
+        threads: int | None = None,
+        context: int | None = None,
+        speculation: Speculation = "auto",
+        direct: bool = True,
+    ) -> Engine:
+        """Open a model: build its store if need be, plan, and load what is to be resident.
+
+        Args:
+            path: a GGUF file, a Hugging Face directory, or a weight store.
+            memory: peak of the whole process, in bytes; None: as much as the model takes.
+            threads: to compute with; None: all cores.
+            context: most tokens of prompt and answer; None: the model's own, up to 2048.
+            speculation: "off": one pass for each token; "on": drafts even where all is
+                resident; "auto": drafts where weights are streamed.
+            direct: read past the page cache.
+
+        Raises:
+            InputError: a setting is out of range, or the memory is too small; the message says
+                the least that works.
+            FormatError: the model is damaged, or of a kind that is not supported.
+            InferenceError: no kernel, no memory, or the store cannot be read.
+        """
+        store = WeightStore.open_or_build(Path(path))
+        tokenizer = Tokenizer.open(store.directory)
+        threads = threads or os.cpu_count() or 1
+        limit = min(store.spec.context_length, context or DEFAULT_CONTEXT)
+        opened = _plan(store, tokenizer, memory, threads, limit, speculation, direct)
+        gc.collect()
+        return cls(store, NativeBackend(store, opened.placement), tokenizer, opened)
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give all memory back."""
+        self.backend.close()
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Say whether the model takes messages; a plain prompt always works."""
+        return self.tokenizer.has_chat_template
+
+    @property
+    def context(self) -> int:
+        """Most tokens of prompt and answer together."""
+        return self.opened.placement.context
+
+    def generate_tokens(
+        self,
+        prompt_ids: Sequence[int],
+        *,
+        max_new_tokens: int = 256,
+        sampling: Sampling | None = None,
+        counts: Counts | None = None,
+    ) -> Iterator[int]:
+        """Yield token ids after a prompt, the one that ends the text included.
+
+        Args:
+            prompt_ids: token ids, at least one.
+            max_new_tokens: at most so many.
+            sampling: greedy where None.
+            counts: added to as tokens come.
+
+        Raises:
+            InputError: the prompt is empty or does not fit into the context.
+        """
+        self._check_length(len(prompt_ids))
+        num = min(max_new_tokens, self.context - len(prompt_ids))
+        tokens = self.decoder.generate(
+            list(prompt_ids), num, sampling or Sampling(), counts or Counts()
+        )
+        for token in tokens:
+            yield token
+            if token in self.tokenizer.eos_ids:
+                return
+
+    def stream(
+        self,
+        prompt: str | Sequence[Message],
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+    ) -> TextStream:
+        """Generate text piece by piece.
+
+        Args:
+            prompt: text to go on from as it is, or messages, to which the model's chat template
+                is applied.
+            max_new_tokens: tokens to generate at most.
+            temperature: 0 takes the most probable token; above, tokens are drawn.
+            top_p: draw among the fewest tokens that together have this probability.
+            seed: of the draws.
+            stop: generation ends before the first of these texts.
+
+        Returns:
+            An iterator of pieces of text; closing it, or leaving its ``with`` block, stops
+            generation.
+
+        Raises:
+            InputError: the prompt is empty or too long, a setting is out of range, or the
+                model takes no messages.
+        """
+        if max_new_tokens < 1:
+            raise InputError(f"max_new_tokens={max_new_tokens} is not accepted (expected >= 1)")
+        sampling = Sampling(temperature, top_p, seed=seed)
+        prompt_ids = self.encode_prompt(prompt)
+        self._check_length(len(prompt_ids))
+        return TextStream(self, prompt_ids, max_new_tokens, sampling, stop)
+
+    def generate(self, prompt: str | Sequence[Message], **settings: Any) -> Generation:
+        """Generate a whole text; see ``stream`` for arguments and errors."""
+        with self.stream(prompt, **settings) as stream:
+            text = "".join(stream)
+        return stream.finish(text)
+
+    def encode_prompt(self, prompt: str | Sequence[Message]) -> list[int]:
+        """Turn text, or messages through the chat template, into token ids.
+
+        Raises:
+            InputError: it is empty, or the model takes no messages.
+        """
+        if isinstance(prompt, str):
+            ids = self.tokenizer.encode(prompt)
+        elif not self.has_chat_template:
+            raise InputError(
+                f"{self.name} has no chat template and takes no messages; "
+                "give it a plain prompt to go on from"
+            )
+        else:
+            messages = [dict(message) for message in prompt]
+            text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+            ids = self.tokenizer.encode(text, special=False)
+        if not ids:
+            raise InputError("the prompt is empty (expected some text)")
+        return ids
+
+    def statistics(self) -> dict[str, Any]:
+        """Return what the engine holds and has read, as plain values."""
+        return {
+            "plan": self.opened.plan,
+            "kernels": self.backend.kernels,
+            "resident_bytes": self.opened.choice.resident_bytes,
+            "streamed_bytes_per_pass": self.opened.choice.streamed_bytes,
+            "bytes_read": self.backend.bytes_read,
+            "wait_s": self.backend.wait_s,
+            "memory": self.opened.memory,
+            "peak_memory_bytes": peak_memory_bytes(),
+            "op_seconds": self.backend.op_seconds(),
+        }
+
+    def _check_length(self, num_tokens: int) -> None:
+        if num_tokens >= self.context:
+            raise InputError(
+                f"the prompt has {num_tokens} tokens, too long for {self.name} "
+                f"(at most {self.context - 1}); shorten it, or raise --context"
+            )
+
+
+class TextStream(Iterator[str]):
+    """Pieces of text as they are generated; also a context manager."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        prompt_ids: list[int],
+        max_new_tokens: int,
+        sampling: Sampling,
+        stop: Sequence[str],
+    ) -> None:
+        """Use ``Engine.stream``, which checks the arguments."""
+        self._engine, self._counts = engine, Counts()
+        self._started_s = time.perf_counter()
+        self._times_s: list[float] = []
+        self._bytes_at_first = 0
+        self._tokens = engine.generate_tokens(
+            prompt_ids, max_new_tokens=max_new_tokens, sampling=sampling, counts=self._counts
+        )
+        self._pieces = until_stop(self._decode(prompt_ids), stop)
+
+    def __enter__(self) -> TextStream:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    def close(self) -> None:
+        """Stop generating."""
+        for part in (self._pieces, self._tokens):
+            part.close()  # type: ignore[attr-defined]
+
+    def finish(self, text: str) -> Generation:
+        """Describe the generation once it has ended.
+
+        Args:
+            text: its pieces, joined.
+        """
+        times_s = self._times_s or [time.perf_counter()]
+        num_tokens, seconds = len(self._times_s), times_s[-1] - self._started_s
+        after_first_s = times_s[-1] - times_s[0]
+        is_timed = num_tokens > 1 and after_first_s > 0
+        num_after = max(num_tokens - 1, 1)
+        return Generation(
+            text=text,
+            num_tokens=num_tokens,
+            seconds=seconds,
+            time_to_first_token_s=times_s[0] - self._started_s,
+            tokens_per_s=(num_tokens - 1) / after_first_s if is_timed else num_tokens / seconds,
+            bytes_read_per_token=(self._engine.backend.bytes_read - self._bytes_at_first) / num_after,
+            acceptance=self._counts.acceptance,
+            peak_memory_bytes=peak_memory_bytes(),
+            predicted_tokens_per_s=self._engine.opened.predicted_tokens_per_s,
+            plan=self._engine.opened.plan,
+        )
+
+    def _decode(self, prompt_ids: Sequence[int]) -> Iterator[str]:
+        detokenizer = Detokenizer(self._engine.tokenizer, prompt_ids)
+        for token in self._tokens:
+            self._times_s.append(time.perf_counter())
+            if len(self._times_s) == 1:
+                self._bytes_at_first = self._engine.backend.bytes_read
+            if piece := detokenizer.push([token]):
+                yield piece
+        if piece := detokenizer.finish():
+            yield piece
+
+
+def peak_memory_bytes() -> int:
+    """Return the peak resident memory of this process, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def resident_memory_bytes() -> int:
+    """Return the resident memory of this process now, in bytes."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
+
+
+def _plan(
+    store: WeightStore,
+    tokenizer: Tokenizer,
+    memory: int | None,
+    threads: int,
+    context: int,
+    speculation: Speculation,
+    direct: bool,
+) -> _Opened:
+    """Decide what is resident within the memory, and whether to draft."""
+    program = compile_program(store.spec)
+    matrices = multiplied(program, store.tensors)
+    lookups = only_looked_up(program, store.tensors)
+    total = sum(each.num_bytes for each in matrices)
+    nothing = {each.name: NOTHING for each in lookups}
+    rows = 1 if speculation == "off" else MAX_DRAFT + 1
+    needs = _needs(store, context, rows)
+    if memory is None or memory - sum(needs.values()) >= total:
+        rows = 1 if speculation != "on" else rows
+        placement = _placement(nothing, threads, context, rows, direct)
+        return _Opened(Choice(nothing, total, 0), placement, False, "all resident", memory=needs)
+    budget = memory - sum(needs.values()) - RING_BYTES
+    needs["read_ahead"] = RING_BYTES
+    if budget < 0:
+        least = (memory - budget + 999_999) // 1_000_000
+        raise InputError(
+            f"memory={memory / 1e6:.0f} MB is too small for {store.directory.name} with a context "
+            f"of {context} tokens: at least {least} MB; or lower --context"
+        )
+    choice: Choice | None = None
+    if speculation != "off":
+        choice = split(matrices, lookups, budget, _losses(store, tokenizer, threads, direct))
+    has_draft = choice is not None
+    if choice is None:
+        choice = pin(matrices, lookups, budget)
+    placement = _placement(choice.resident, threads, context, rows, direct)
+    words = "drafts by the resident planes" if has_draft else "pins and streams"
+    plan = (
+        f"{words}: {choice.resident_bytes / 1e6:.0f} MB resident, "
+        f"{choice.streamed_bytes / 1e6:.0f} MB streamed per pass"
+    )
+    return _Opened(choice, placement, has_draft, plan, memory=needs)
+
+
+def _placement(
+    resident: dict[str, int], threads: int, context: int, rows: int, direct: bool
+) -> Placement:
+    return Placement(
+        resident,
+        num_threads=threads,
+        direct=direct,
+        max_tokens=min(PREFILL_TOKENS, context),
+        max_logit_rows=rows,
+        context=context,
+        ring_bytes=RING_BYTES,
+        piece_bytes=PIECE_BYTES,
+    )
+
+
+def _needs(store: WeightStore, context: int, rows: int) -> dict[str, int]:
+    """Return what the process needs besides weights, in bytes, by what it is for."""
+    spec = store.spec
+    program = compile_program(spec)
+    activations = sum(program.buffers.values()) - spec.vocab_size
+    head_dim = (spec.head_dim + 15) // 16 * 16
+    return {
+        "process": resident_memory_bytes() + SLACK_BYTES,
+        "kv_cache": (context + 16) * spec.num_layers * spec.num_kv_heads * head_dim * 4,
+        "activations": min(PREFILL_TOKENS, context) * activations * 5,
+        "logits": rows * spec.vocab_size * 4,
+    }
+
+
+def _losses(
+    store: WeightStore, tokenizer: Tokenizer, threads: int, direct: bool
+) -> dict[str, dict[int, float]]:
+    calibration = Calibration.load(store.directory)
+    if calibration is None:
+        from mutirao.console import progress_bar
+
+        tokens = tokenizer.encode(TEXT)[:CALIBRATION_TOKENS]
+        with progress_bar("calibrating the draft, once") as tell:
+            calibration = calibrate(
+                store, tokens, num_threads=threads, direct=direct, progress=tell
+            )
+        calibration.save(store.directory)
+    return calibration.losses
