@@ -7,7 +7,8 @@ Progress and messages go to standard error, so that standard output carries only
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from rich.console import Console
@@ -18,6 +19,7 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     SpinnerColumn,
+    TaskProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -69,6 +71,22 @@ def download_progress() -> Progress:
         console=console,
         transient=True,
     )
+
+
+@contextmanager
+def part_progress(description: str) -> Iterator[Callable[[float], None]]:
+    """Show a bar; what is yielded is told the part that is done, 0 to 1."""
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    )
+    with progress:
+        task = progress.add_task(description, total=1.0)
+        yield lambda part: progress.update(task, completed=part)
 
 
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:

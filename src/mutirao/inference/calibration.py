@@ -200,7 +200,9 @@ class _Calibrator:
                 self.backend.set_draft_planes(name, planes)
         self._restore(0)
         self._run(self.starts[0], self.starts[-1], "draft")
-        agreed = np.mean([a == b for a, b in zip(self._answers("draft"), self.answers, strict=True)])
+        agreed = np.mean(
+            [a == b for a, b in zip(self._answers("draft"), self.answers, strict=True)]
+        )
         for name in resident:
             self.backend.set_draft_planes(name, 0)
         return float(agreed)
@@ -256,7 +258,9 @@ class _Calibrator:
         for depth in depths:
             entry = self.entries[depth]
             noise = rng.standard_normal(entry.shape, np.float32)
-            noise *= NOISE * np.linalg.norm(entry, axis=1, keepdims=True) / math.sqrt(entry.shape[1])
+            noise *= (
+                NOISE * np.linalg.norm(entry, axis=1, keepdims=True) / math.sqrt(entry.shape[1])
+            )
             self.backend.buffer("hidden")[: len(self.tokens)] = entry + noise
             self._run(self.starts[depth], self.starts[-1])
             measured[depth] = self._divergence() / NOISE**2

@@ -90,9 +90,7 @@ class Decoder:
         self.backend, self.times = backend, times
         self.max_draft, self.has_draft = max_draft, has_draft
         self.confidence, self.lookup_confidence = Confidence(), Confidence()
-        self.lookup_confidence.kept = [
-            LOOKUP_RATE * seen for seen in self.lookup_confidence.seen
-        ]
+        self.lookup_confidence.kept = [LOOKUP_RATE * seen for seen in self.lookup_confidence.seen]
         self.cached: list[int] = []
         """Tokens whose keys and values the backend holds."""
 

@@ -11,29 +11,28 @@ neither PyTorch nor transformers, except where there is no native kernel.
 from __future__ import annotations
 
 import gc
-import json
 import os
 import resource
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from mutirao.errors import InputError
 from mutirao.inference.calibration import TEXT, Calibration, calibrate
+from mutirao.inference.conversation import Generation, Message
 from mutirao.inference.decoding import Counts, Decoder
 from mutirao.inference.native.backend import NOTHING, NativeBackend, Placement
 from mutirao.inference.placement import Choice, multiplied, only_looked_up, pin, split
 from mutirao.inference.program import compile_program
 from mutirao.inference.sampling import Sampling
+from mutirao.inference.sizes import parse_size
 from mutirao.inference.speculation import PassTimes
 from mutirao.inference.text_stream import Detokenizer, until_stop
 from mutirao.inference.tokenizer import Tokenizer
 from mutirao.inference.weight_store import WeightStore
 
-Message = Mapping[str, str]
-"""One turn of a conversation: {"role": "system" | "user" | "assistant", "content": text}."""
 Speculation = Literal["auto", "on", "off"]
 
 DEFAULT_CONTEXT = 2048
@@ -45,36 +44,6 @@ PIECE_BYTES = 1 << 20
 SLACK_BYTES = 20 << 20
 """Left for what Python and the C library need while generating (measured: 6 to 12 MB)."""
 MIN_STREAMED_BYTES = 1 << 20
-
-
-@dataclass(frozen=True)
-class Generation:
-    """A finished text and how it came."""
-
-    text: str
-    """What was generated, without the prompt."""
-    num_tokens: int
-    """Generated tokens, the end-of-text token included."""
-    seconds: float
-    """Time from the request to the last token."""
-    time_to_first_token_s: float
-    """Time from the request to the first token, in seconds."""
-    tokens_per_s: float
-    """Tokens after the first, over the time they took; over all where there is only one."""
-    bytes_read_per_token: float = 0.0
-    """Bytes of weights read from the disk, over the tokens after the first."""
-    acceptance: float | None = None
-    """Share of drafted tokens that were kept; None without drafts."""
-    peak_memory_bytes: int = 0
-    """Peak resident memory of the process so far."""
-    predicted_tokens_per_s: float | None = None
-    """What the cost model expected; None where it was not asked."""
-    plan: str = ""
-    """How the weights were placed, in words."""
-
-    def to_json(self) -> str:
-        """Return these fields as JSON."""
-        return json.dumps(asdict(self), ensure_ascii=False)
 
 
 @dataclass
@@ -112,7 +81,7 @@ class Engine:
         cls,
         path: str | Path,
         *,
-        memory: int | None = None,
+        memory: int | str | None = None,
         threads: int | None = None,
         context: int | None = None,
         speculation: Speculation = "auto",
@@ -122,7 +91,8 @@ class Engine:
 
         Args:
             path: a GGUF file, a Hugging Face directory, or a weight store.
-            memory: peak of the whole process, in bytes; None: as much as the model takes.
+            memory: peak of the whole process, in bytes or as '600MB'; None: as much as the
+                model takes.
             threads: to compute with; None: all cores.
             context: most tokens of prompt and answer; None: the model's own, up to 2048.
             speculation: "off": one pass for each token; "on": drafts even where all is
@@ -135,6 +105,8 @@ class Engine:
             FormatError: the model is damaged, or of a kind that is not supported.
             InferenceError: no kernel, no memory, or the store cannot be read.
         """
+        if isinstance(memory, str):
+            memory = parse_size(memory)
         store = WeightStore.open_or_build(Path(path))
         tokenizer = Tokenizer.open(store.directory)
         threads = threads or os.cpu_count() or 1
@@ -170,7 +142,7 @@ class Engine:
         max_new_tokens: int = 256,
         sampling: Sampling | None = None,
         counts: Counts | None = None,
-    ) -> Iterator[int]:
+    ) -> Generator[int, None, None]:
         """Yield token ids after a prompt, the one that ends the text included.
 
         Args:
@@ -228,9 +200,25 @@ class Engine:
         self._check_length(len(prompt_ids))
         return TextStream(self, prompt_ids, max_new_tokens, sampling, stop)
 
-    def generate(self, prompt: str | Sequence[Message], **settings: Any) -> Generation:
+    def generate(
+        self,
+        prompt: str | Sequence[Message],
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+    ) -> Generation:
         """Generate a whole text; see ``stream`` for arguments and errors."""
-        with self.stream(prompt, **settings) as stream:
+        with self.stream(
+            prompt,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            stop=stop,
+        ) as stream:
             text = "".join(stream)
         return stream.finish(text)
 
@@ -296,7 +284,8 @@ class TextStream(Iterator[str]):
         self._tokens = engine.generate_tokens(
             prompt_ids, max_new_tokens=max_new_tokens, sampling=sampling, counts=self._counts
         )
-        self._pieces = until_stop(self._decode(prompt_ids), stop)
+        self._text = self._decode(prompt_ids)
+        self._pieces = until_stop(self._text, stop)
 
     def __enter__(self) -> TextStream:
         return self
@@ -309,8 +298,8 @@ class TextStream(Iterator[str]):
 
     def close(self) -> None:
         """Stop generating."""
-        for part in (self._pieces, self._tokens):
-            part.close()  # type: ignore[attr-defined]
+        self._text.close()
+        self._tokens.close()
 
     def finish(self, text: str) -> Generation:
         """Describe the generation once it has ended.
@@ -329,14 +318,15 @@ class TextStream(Iterator[str]):
             seconds=seconds,
             time_to_first_token_s=times_s[0] - self._started_s,
             tokens_per_s=(num_tokens - 1) / after_first_s if is_timed else num_tokens / seconds,
-            bytes_read_per_token=(self._engine.backend.bytes_read - self._bytes_at_first) / num_after,
+            bytes_read_per_token=(self._engine.backend.bytes_read - self._bytes_at_first)
+            / num_after,
             acceptance=self._counts.acceptance,
             peak_memory_bytes=peak_memory_bytes(),
             predicted_tokens_per_s=self._engine.opened.predicted_tokens_per_s,
             plan=self._engine.opened.plan,
         )
 
-    def _decode(self, prompt_ids: Sequence[int]) -> Iterator[str]:
+    def _decode(self, prompt_ids: Sequence[int]) -> Generator[str, None, None]:
         detokenizer = Detokenizer(self._engine.tokenizer, prompt_ids)
         for token in self._tokens:
             self._times_s.append(time.perf_counter())
@@ -437,10 +427,10 @@ def _losses(
 ) -> dict[str, dict[int, float]]:
     calibration = Calibration.load(store.directory)
     if calibration is None:
-        from mutirao.console import progress_bar
+        from mutirao.console import part_progress
 
         tokens = tokenizer.encode(TEXT)[:CALIBRATION_TOKENS]
-        with progress_bar("calibrating the draft, once") as tell:
+        with part_progress("calibrating the draft, once") as tell:
             calibration = calibrate(
                 store, tokens, num_threads=threads, direct=direct, progress=tell
             )

@@ -1,17 +1,14 @@
-"""Generate text from a model directory, through transformers, as it is written.
+"""Generate text through transformers: for models that the engine does not know.
 
 Generation runs in a thread of its own and hands its pieces over as they come; whoever
-stops reading stops it. There is no engine here yet: no weight streaming, no batching of
-requests, and a compressed model takes as much memory as the original.
+stops reading stops it. The whole model is in memory, a compressed one expanded.
 """
 
 from __future__ import annotations
 
-import json
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,30 +22,9 @@ from transformers import (
 
 from mutirao.errors import InputError
 from mutirao.formats.huggingface import Dtype
+from mutirao.inference.conversation import Generation, Message
+from mutirao.inference.text_stream import until_stop
 from mutirao.models.causal import CausalModel
-
-Message = Mapping[str, str]
-"""One turn of a conversation: {"role": "system" | "user" | "assistant", "content": text}."""
-
-
-@dataclass(frozen=True)
-class Generation:
-    """A finished text and how fast it came."""
-
-    text: str
-    """What was generated, without the prompt."""
-    num_tokens: int
-    """Generated tokens, the end-of-text token included."""
-    seconds: float
-    """Time from the request to the last token."""
-    time_to_first_token_s: float
-    """Time from the request to the first token, in seconds."""
-    tokens_per_s: float
-    """Tokens after the first, over the time they took; over all where there is only one."""
-
-    def to_json(self) -> str:
-        """Return these fields as JSON."""
-        return json.dumps(asdict(self), ensure_ascii=False)
 
 
 class TextGenerator:
@@ -151,48 +127,6 @@ class TextGenerator:
         return prompt_ids
 
 
-class Chat:
-    """A conversation that remembers its turns."""
-
-    def __init__(self, generator: TextGenerator, *, system: str | None = None) -> None:
-        """Start a conversation.
-
-        Args:
-            generator: the model; it needs a chat template.
-            system: what the model is told before the first turn.
-        """
-        self.generator = generator
-        self.messages: list[Message] = []
-        """All turns so far."""
-        if system is not None:
-            self.messages.append({"role": "system", "content": system})
-
-    def say(self, text: str, **settings: Any) -> Iterator[str]:
-        """Answer ``text`` piece by piece, and remember both.
-
-        An answer that is stopped early is remembered as far as it was read; a turn that
-        fails before its first piece is forgotten.
-
-        Args:
-            text: what the person says.
-            settings: see ``TextGenerator.stream``.
-
-        Raises:
-            InputError: the conversation no longer fits into the model's context.
-        """
-        turn: Message = {"role": "user", "content": text}
-        pieces: list[str] = []
-        with self.generator.stream([*self.messages, turn], **settings) as stream:
-            try:
-                for piece in stream:
-                    pieces.append(piece)
-                    yield piece
-            finally:
-                if pieces:
-                    answer: Message = {"role": "assistant", "content": "".join(pieces)}
-                    self.messages += [turn, answer]
-
-
 class TextStream(Iterator[str]):
     """Pieces of text from a generation that runs in a thread; also a context manager."""
 
@@ -209,7 +143,7 @@ class TextStream(Iterator[str]):
         self._stop_asked = threading.Event()
         self._error: BaseException | None = None
         self._streamer = _CountingStreamer(model.tokenizer)
-        self._pieces = _until_stop(self._streamer, stop)
+        self._pieces = until_stop(self._streamer, stop)
         self._started_s = time.perf_counter()
         self._thread = threading.Thread(
             target=self._run,
@@ -322,31 +256,3 @@ def _generation_config(
         pad_token_id=model.pad_id,
         **sampling,
     )
-
-
-def _until_stop(pieces: Iterator[str], stop: Sequence[str]) -> Iterator[str]:
-    """Pass pieces on up to the first stop text, which may come spread over several."""
-    stops = [text for text in stop if text]
-    held = ""
-    for piece in pieces:
-        held += piece
-        found = [position for text in stops if (position := held.find(text)) >= 0]
-        if found:
-            if held[: min(found)]:
-                yield held[: min(found)]
-            return
-        keep = _length_of_possible_start(held, stops)
-        if ready := held[: len(held) - keep]:
-            yield ready
-        held = held[len(held) - keep :]
-    if held:
-        yield held
-
-
-def _length_of_possible_start(text: str, stops: Sequence[str]) -> int:
-    """Length of the longest end of ``text`` that a stop text could begin with."""
-    longest = max((len(stop) - 1 for stop in stops), default=0)
-    for length in range(min(longest, len(text)), 0, -1):
-        if any(stop.startswith(text[-length:]) for stop in stops):
-            return length
-    return 0

@@ -13,6 +13,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from mutirao.inference.native.backend import ALL_PLANES, NOTHING
@@ -134,7 +135,9 @@ def split(
     resident_bytes = sum(sum(extent_bytes(each)) for each in matrices)
     total, loss = resident_bytes, 0.0
     steps = [(step, each) for each in matrices for step in _steps(each, losses)]
-    heap = [(step.loss / step.freed, step.order, step.keeps, i) for i, (step, _) in enumerate(steps)]
+    heap = [
+        (step.loss / step.freed, step.order, step.keeps, i) for i, (step, _) in enumerate(steps)
+    ]
     heapq.heapify(heap)
     while resident_bytes > budget_bytes and heap:
         _, _, keeps, index = heapq.heappop(heap)
@@ -183,7 +186,7 @@ def _steps(tensor: StoredTensor, losses: Losses | None) -> list[_Step]:
         hull.append(point)
     return [
         _Step(after[2], after[0] - before[0], max(after[1] - before[1], 0.0), order)
-        for order, (before, after) in enumerate(zip(hull, hull[1:], strict=False))
+        for order, (before, after) in enumerate(pairwise(hull))
     ]
 
 

@@ -25,7 +25,7 @@ SMOOTHING = 0.2
 
 @dataclass
 class Confidence:
-    """How often a draft's token is kept, by the probability the draft gave it; learnt as it goes."""
+    """How often a draft's token is kept, by the probability it gave it; learnt as it goes."""
 
     kept: list[float] = field(default_factory=list)
     seen: list[float] = field(default_factory=list)
@@ -90,7 +90,7 @@ class PromptLookup:
         self._indexed = 0
 
     def find(self, tokens: Sequence[int], most: int) -> list[int]:
-        """Return up to ``most`` tokens that followed the last NGRAM ones when last they occurred."""
+        """Return up to ``most`` tokens that came after the last NGRAM ones occurred before."""
         for end in range(max(self._indexed, NGRAM), len(tokens)):
             self._last_seen[tuple(tokens[end - NGRAM : end])] = end
         self._indexed = max(self._indexed, len(tokens))

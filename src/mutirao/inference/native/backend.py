@@ -187,7 +187,8 @@ class NativeBackend:
         size, limit = self.placement.max_tokens, self.placement.context
         if not tokens or position + len(tokens) > limit:
             raise InputError(
-                f"{len(tokens)} tokens at position {position} do not fit into the context of {limit}"
+                f"{len(tokens)} tokens at position {position} do not fit into the context of "
+                f"{limit}"
             )
         head = self.program.layer_starts[-1]
         for begin in range(0, len(tokens), size):
@@ -252,9 +253,9 @@ class NativeBackend:
             self._handle, self._buffers[name], ctypes.byref(stride)
         )
         rows = self._buffer_rows(name)
-        kind = ctypes.c_float * (rows * stride.value)
-        whole = np.frombuffer(kind.from_address(address), np.float32)
-        return whole.reshape(rows, stride.value)[:, : self.program.buffers[name]]
+        pointer = ctypes.cast(address, ctypes.POINTER(ctypes.c_float))
+        whole: Floats = np.ctypeslib.as_array(pointer, (rows, stride.value))
+        return whole[:, : self.program.buffers[name]]
 
     def set_draft_planes(self, name: str, num_planes: int) -> None:
         """Let drafts read the first planes of a matrix that is streamed whole; 0: all."""
@@ -333,7 +334,11 @@ class NativeBackend:
         elif isinstance(op, Scale):
             out.factor = op.factor
         elif isinstance(op, Rope):
-            out.weight, out.num_heads, out.head_dim = vector[op.frequencies], op.num_heads, op.head_dim
+            out.weight, out.num_heads, out.head_dim = (
+                vector[op.frequencies],
+                op.num_heads,
+                op.head_dim,
+            )
             out.flag, out.factor = int(op.interleaved), op.factor
         elif isinstance(op, Attention):
             out.input, out.other, out.third = at[op.query], at[op.key], at[op.value]

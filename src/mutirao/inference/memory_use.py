@@ -1,0 +1,199 @@
+"""How much memory a plan takes: the peak of the whole process, part by part, in bytes.
+
+Follows what native/engine.c and native/stream.c allocate. ``parse_size`` reads what a person
+writes as a budget.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
+
+from mutirao.errors import InputError
+from mutirao.inference.model_spec import ModelSpec, vector_shapes
+from mutirao.inference.native.backend import Placement, resident_planes
+from mutirao.inference.plane_formats import (
+    PANEL_ROWS,
+    num_panels,
+    plane_panel_bytes,
+    scales_panel_bytes,
+)
+from mutirao.inference.program import MatMul, SelectRows, compile_program
+
+if TYPE_CHECKING:
+    from mutirao.inference.store_index import StoredTensor
+
+PROCESS_BYTES = 60_000_000
+"""Python, numpy, the command line and the tokenizer of a vocabulary of 150,000, and what malloc
+keeps for itself. Measured as resident memory with Python 3.11 and numpy 2 on x86-64,
+2026-11-22: 53.3 MB (interpreter 9.1, numpy 16.8, this package with rich 12.1, opened store 4.0,
+tokenizer 9.3, typer 2.0); the rest is for the stacks of threads and the results of a pass."""
+STACK_BYTES = 64 << 10
+"""Of each thread, what it touches (assumption)."""
+SLAB_PANELS = 16
+PAGE_BYTES = 4096
+KV_PAGE_TOKENS = 16
+MAX_LOADERS = 16
+HUGE_PAGE_BYTES = 2 << 20
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_BINARY_UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*(?:([KMGT]?)B?|([KMGT])IB?)", re.IGNORECASE)
+
+
+def parse_size(text: str) -> int:
+    """Read a size such as '600MB', '1.5 GiB', '2g' or '800000000'; return bytes.
+
+    MB are 1,000,000 bytes and MiB 1,048,576.
+
+    Raises:
+        InputError: it is not a size, or not positive.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    num_bytes = 0
+    if match:
+        number, decimal, binary = match.groups()
+        unit = _BINARY_UNITS[binary.upper()] if binary else _UNITS[(decimal or "").upper()]
+        num_bytes = int(float(number) * unit)
+    if not 0 < num_bytes < 1 << 62:
+        raise InputError(f"a size of {text!r} is not understood (expected 600MB, 1.5GiB or bytes)")
+    return num_bytes
+
+
+@dataclass(frozen=True)
+class MemoryUse:
+    """Peak memory of a process that runs a model, in bytes, by what it is for."""
+
+    weights: int
+    """Resident scales and planes."""
+    kv_cache: int
+    """Float16 keys and values of every position of the context."""
+    activations: int
+    """Buffers of a pass, and its quantized inputs."""
+    logits: int
+    """Of the rows wanted at once, in the engine and as handed to Python."""
+    vectors: int
+    """Norms, biases and checksums, in Python and in the engine."""
+    reading: int
+    """The ring that streamed pieces are read into, or what loading takes, if that is more."""
+    process: int
+    """The interpreter, its modules, the tokenizer, threads."""
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(getattr(self, each.name) for each in fields(self))
+
+
+def memory_needed(
+    spec: ModelSpec,
+    tensors: Mapping[str, StoredTensor],
+    placement: Placement,
+    *,
+    process_bytes: int = PROCESS_BYTES,
+) -> MemoryUse:
+    """Return the peak memory of running a model in a placement.
+
+    Args:
+        spec: the model.
+        tensors: its matrices, by store name.
+        placement: what is resident, and the sizes of buffers.
+        process_bytes: what the process takes besides; measured by default.
+    """
+    weights = sum(
+        resident_bytes(each, resident_planes(each, placement)) for each in tensors.values()
+    )
+    threads = placement.num_threads + placement.num_readers
+    ring = placement.ring_bytes if is_streaming(tensors, spec, placement) else 0
+    loaders = min(placement.num_readers, MAX_LOADERS)
+    staging = loaders * max(map(_slab_bytes, tensors.values()))
+    kv_cache = kv_cache_bytes(spec, placement.context)
+    return MemoryUse(
+        weights=weights + (HUGE_PAGE_BYTES if weights else 0),
+        kv_cache=kv_cache,
+        activations=_activation_bytes(spec, tensors, placement),
+        logits=2 * 4 * placement.max_logit_rows * spec.vocab_size,
+        vectors=_vector_bytes(spec, tensors),
+        reading=max(ring, staging - kv_cache),
+        process=process_bytes + threads * STACK_BYTES,
+    )
+
+
+def kv_cache_bytes(spec: ModelSpec, context: int) -> int:
+    """Return the bytes of keys and values of so many positions, in float16.
+
+    Per position 2 * layers * key/value heads * head size * 2 bytes, in pages of 16 positions;
+    a head's values are padded to 16.
+    """
+    padded_dim = -(-spec.head_dim // 16) * 16
+    per_position = 2 * spec.num_layers * spec.num_kv_heads * (spec.head_dim + padded_dim)
+    return -(-context // KV_PAGE_TOKENS) * KV_PAGE_TOKENS * per_position
+
+
+def resident_bytes(tensor: StoredTensor, num_planes: int) -> int:
+    """Return the bytes of a matrix with its scales and first planes in memory; -1: none."""
+    if num_planes < 0:
+        return 0
+    scales = scales_panel_bytes(tensor.format, tensor.num_columns)
+    planes = plane_panel_bytes(tensor.format, tensor.num_columns)
+    return num_panels(tensor.num_rows) * (scales + sum(planes[:num_planes]))
+
+
+def is_streaming(
+    tensors: Mapping[str, StoredTensor], spec: ModelSpec, placement: Placement
+) -> bool:
+    """Whether any matrix that is multiplied is not wholly resident."""
+    used = {op.weight for op in compile_program(spec).ops if isinstance(op, MatMul)}
+    return any(
+        resident_planes(tensors[name], placement) < len(tensors[name].planes) for name in used
+    )
+
+
+def least_ring_bytes(spec: ModelSpec, tensors: Mapping[str, StoredTensor], piece_bytes: int) -> int:
+    """Return the smallest ring that any placement can be streamed through, in bytes.
+
+    It holds three of the largest pieces: one that is multiplied and two that are read.
+    """
+    used = {op.weight for op in compile_program(spec).ops if isinstance(op, MatMul)}
+    return 3 * max(max(_slab_bytes(tensors[name]), piece_bytes + 16 * PAGE_BYTES) for name in used)
+
+
+def _slab_bytes(tensor: StoredTensor) -> int:
+    """Bytes of 256 rows as they are read: whole pages of each extent."""
+    panel_bytes = plane_panel_bytes(tensor.format, tensor.num_columns)
+    scales = scales_panel_bytes(tensor.format, tensor.num_columns)
+    return sum(SLAB_PANELS * each + 2 * PAGE_BYTES for each in (scales, *panel_bytes))
+
+
+def _activation_bytes(
+    spec: ModelSpec, tensors: Mapping[str, StoredTensor], placement: Placement
+) -> int:
+    program = compile_program(spec)
+    head = program.ops[_selection(spec) :]
+    few = {getattr(op, "out", None) for op in head}
+    floats = 0
+    for name, width in program.buffers.items():
+        stride = -(-width // 32) * 32
+        if name != program.logits:
+            floats += stride * (placement.max_logit_rows if name in few else placement.max_tokens)
+    columns = max(each.num_columns for each in tensors.values())
+    stride = -(-columns // 64) * 64
+    floats += placement.max_tokens * (stride // 32 * 8 // 4 * 4 // 4 + 4 * (stride // 32))
+    floats += placement.max_tokens * stride // 4
+    floats += placement.num_threads * (placement.context + 2 * KV_PAGE_TOKENS)
+    frequencies = sum(size for name, (size,) in vector_shapes(spec).items() if "rope" in name)
+    floats += 2 * frequencies * placement.max_tokens
+    return 4 * floats
+
+
+def _selection(spec: ModelSpec) -> int:
+    ops = compile_program(spec).ops
+    return next(index for index, op in enumerate(ops) if isinstance(op, SelectRows))
+
+
+def _vector_bytes(spec: ModelSpec, tensors: Mapping[str, StoredTensor]) -> int:
+    floats = sum(size for (size,) in vector_shapes(spec).values())
+    slabs = sum(-(-each.num_rows // (PANEL_ROWS * SLAB_PANELS)) * 6 for each in tensors.values())
+    return 2 * (4 * floats + 8 * slabs)
