@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from mutirao import __version__
-from mutirao.cli import demo, doctor, init, report, run, schema
+from mutirao.cli import demo, doctor, init, report, run, schema, serve
 
 app = typer.Typer(
     name="mutirao",
@@ -42,3 +42,4 @@ app.command("init")(init.init)
 app.command("report")(report.report)
 app.command("run")(run.run)
 app.command("chat")(run.chat)
+app.command("serve")(serve.serve)

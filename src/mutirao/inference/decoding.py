@@ -42,6 +42,29 @@ class Backend(Protocol):
         """See ``NativeBackend.run``."""
         ...
 
+    def close(self) -> None:
+        """Give memory and threads back."""
+        ...
+
+    @property
+    def kernels(self) -> str:
+        """The kernels in use, such as 'avx512'."""
+        ...
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of weights streamed so far."""
+        ...
+
+    @property
+    def wait_s(self) -> float:
+        """Time that computing waited for weights, in seconds."""
+        ...
+
+    def op_seconds(self) -> dict[str, float]:
+        """Return the time spent in each kind of op, in seconds."""
+        ...
+
 
 @dataclass
 class Counts:

@@ -19,11 +19,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from mutirao.errors import InputError
+from mutirao.errors import InputError, MissingKernelError
 from mutirao.inference.calibration import TEXT, Calibration, calibrate
 from mutirao.inference.conversation import Generation, Message
-from mutirao.inference.decoding import Counts, Decoder
+from mutirao.inference.decoding import Backend, Counts, Decoder
 from mutirao.inference.native.backend import NOTHING, NativeBackend, Placement
+from mutirao.inference.native.library import load_library
 from mutirao.inference.placement import Choice, multiplied, only_looked_up, pin, split
 from mutirao.inference.program import compile_program
 from mutirao.inference.sampling import Sampling
@@ -62,7 +63,7 @@ class Engine:
     """A model ready to write; close it, or use it as a context manager."""
 
     def __init__(
-        self, store: WeightStore, backend: NativeBackend, tokenizer: Tokenizer, opened: _Opened
+        self, store: WeightStore, backend: Backend, tokenizer: Tokenizer, opened: _Opened
     ) -> None:
         """Use ``Engine.open``."""
         self.store, self.backend, self.tokenizer, self.opened = store, backend, tokenizer, opened
@@ -111,9 +112,28 @@ class Engine:
         tokenizer = Tokenizer.open(store.directory)
         threads = threads or os.cpu_count() or 1
         limit = min(store.spec.context_length, context or DEFAULT_CONTEXT)
+        try:
+            load_library()
+        except MissingKernelError as error:
+            if memory is not None:
+                raise
+            return cls._through_oracle(store, tokenizer, limit, error)
         opened = _plan(store, tokenizer, memory, threads, limit, speculation, direct)
         gc.collect()
         return cls(store, NativeBackend(store, opened.placement), tokenizer, opened)
+
+    @classmethod
+    def _through_oracle(
+        cls, store: WeightStore, tokenizer: Tokenizer, context: int, reason: MissingKernelError
+    ) -> Engine:
+        """Run in plain PyTorch, with four bytes for each weight; slow, and told."""
+        from mutirao.console import console
+        from mutirao.inference.reference import ReferenceBackend
+
+        console.print(f"in plain PyTorch, slowly: {reason}", style="dim")
+        choice = Choice({}, sum(each.num_bytes for each in store.tensors.values()), 0)
+        opened = _Opened(choice, Placement(context=context), False, "in plain PyTorch")
+        return cls(store, ReferenceBackend(store), tokenizer, opened)
 
     def __enter__(self) -> Engine:
         return self

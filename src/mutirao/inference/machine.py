@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,7 @@ class DiskSpeed:
     bytes_per_s: float
     """Median of the rounds."""
     spread: float
-    """Largest minus smallest round, over the median."""
+    """Of the rounds: the range between their quartiles, over the median."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class ProductSpeed:
     s_per_weight: tuple[float, ...]
     """Medians, for PRODUCT_TOKENS tokens, from memory."""
     spread: float
-    """Largest minus smallest round, over the median; the median over PRODUCT_TOKENS."""
+    """As of ``DiskSpeed``; the median over PRODUCT_TOKENS."""
 
 
 @dataclass(frozen=True)
@@ -81,12 +82,16 @@ class Machine:
     quantize_s_per_value: float
     loop_s: float
     """Of handing out work and meeting at the end."""
+    choice_s_per_logit: float
+    """Of handing logits to Python and finding the largest."""
+    confidence_s_per_logit: float
+    """Of a draft's probability of its own choice."""
 
     @property
     def spread(self) -> float:
-        """The largest spread of what counts most: the products, and the fastest way to read."""
-        reads = max(self.reads, key=lambda each: each.bytes_per_s)
-        return max(reads.spread, *(each.spread for each in self.products))
+        """The median spread of the products, or of the ways to read, whichever is larger."""
+        groups = (self.products, self.reads)
+        return max(statistics.median(each.spread for each in group) for group in groups)
 
     def read_bytes_per_s(self, chunk_bytes: float, num_readers: int) -> float:
         """Return how fast the disk is read, interpolated between what was measured.
@@ -274,6 +279,7 @@ def _are_positive(machine: Machine) -> bool:
     numbers += [cost for each in machine.products for cost in each.s_per_weight]
     numbers += [machine.attention_s_per_value, machine.norm_s_per_value, machine.loop_s]
     numbers += [machine.activation_s_per_value, machine.quantize_s_per_value]
+    numbers += [machine.choice_s_per_logit, machine.confidence_s_per_logit]
     return all(math.isfinite(number) and number > 0 for number in numbers) and all(
         len(each.s_per_weight) == len(PRODUCT_TOKENS) for each in machine.products
     )

@@ -1,17 +1,14 @@
 """How much memory a plan takes: the peak of the whole process, part by part, in bytes.
 
-Follows what native/engine.c and native/stream.c allocate. ``parse_size`` reads what a person
-writes as a budget.
+Follows what native/engine.c and native/stream.c allocate.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
-from mutirao.errors import InputError
 from mutirao.inference.model_spec import ModelSpec, vector_shapes
 from mutirao.inference.native.backend import Placement, resident_planes
 from mutirao.inference.plane_formats import (
@@ -37,29 +34,6 @@ PAGE_BYTES = 4096
 KV_PAGE_TOKENS = 16
 MAX_LOADERS = 16
 HUGE_PAGE_BYTES = 2 << 20
-
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-_BINARY_UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*(?:([KMGT]?)B?|([KMGT])IB?)", re.IGNORECASE)
-
-
-def parse_size(text: str) -> int:
-    """Read a size such as '600MB', '1.5 GiB', '2g' or '800000000'; return bytes.
-
-    MB are 1,000,000 bytes and MiB 1,048,576.
-
-    Raises:
-        InputError: it is not a size, or not positive.
-    """
-    match = _SIZE.fullmatch(text.strip())
-    num_bytes = 0
-    if match:
-        number, decimal, binary = match.groups()
-        unit = _BINARY_UNITS[binary.upper()] if binary else _UNITS[(decimal or "").upper()]
-        num_bytes = int(float(number) * unit)
-    if not 0 < num_bytes < 1 << 62:
-        raise InputError(f"a size of {text!r} is not understood (expected 600MB, 1.5GiB or bytes)")
-    return num_bytes
 
 
 @dataclass(frozen=True)
@@ -180,8 +154,7 @@ def _activation_bytes(
             floats += stride * (placement.max_logit_rows if name in few else placement.max_tokens)
     columns = max(each.num_columns for each in tensors.values())
     stride = -(-columns // 64) * 64
-    floats += placement.max_tokens * (stride // 32 * 8 // 4 * 4 // 4 + 4 * (stride // 32))
-    floats += placement.max_tokens * stride // 4
+    floats += placement.max_tokens * (stride // 4 + 4 * (stride // 32))  # codes, scales, sums
     floats += placement.num_threads * (placement.context + 2 * KV_PAGE_TOKENS)
     frequencies = sum(size for name, (size,) in vector_shapes(spec).items() if "rope" in name)
     floats += 2 * frequencies * placement.max_tokens

@@ -28,6 +28,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mutirao.console import console
 from mutirao.environment import cache_directory
@@ -39,18 +40,21 @@ from mutirao.inference.machine import (
     ProductSpeed,
     merged_widths,
 )
-from mutirao.inference.native.library import ProbeMatrix, load_library, source_hash
+from mutirao.inference.native.build import source_hash
+from mutirao.inference.native.library import ProbeMatrix, load_library
 from mutirao.inference.plane_formats import FORMATS, PANEL_ROWS, Format
 
 MAX_AGE_DAYS = 30
-ROUNDS = 3
+DISTURBED_SPREAD = 0.3
+"""A probe whose rounds lie further apart was disturbed, and is good for a day only."""
+ROUNDS = 5
 MAX_SECONDS = 5.0
 """Of the kernels, and of the disk: after that no new round is begun."""
 
 CHUNK_BYTES = (1 << 16, 1 << 18, 1 << 20, 1 << 22)
 NUM_READERS = (1, 4, 8)
-READ_SLICE_S = 0.06
-"""Of reading in one way, in one round: about 100 MB of a fast disk."""
+READ_SLICE_S = 0.04
+"""Of reading in one way, in one round: some tens of MB of a fast disk."""
 FILE_BYTES = 1 << 28
 """A file to read: larger than what disks keep in their own memory (assumption)."""
 
@@ -129,7 +133,14 @@ def measure(directory: Path, num_threads: int) -> Machine:
         activation_s_per_value=rows[1],
         quantize_s_per_value=rows[2],
         loop_s=_measure_loop(num_threads),
+        choice_s_per_logit=_measure_logits(lambda row: int(row.copy().argmax())),
+        confidence_s_per_logit=_measure_logits(lambda row: float(np.exp(row - row[0]).sum())),
     )
+
+
+def is_disturbed(machine: Machine) -> bool:
+    """Whether the rounds of a probe lay so far apart that its medians may be far off."""
+    return machine.spread > DISTURBED_SPREAD
 
 
 def _read_cached(path: Path) -> Machine | None:
@@ -142,7 +153,8 @@ def _read_cached(path: Path) -> Machine | None:
         )
     except (FormatError, ValueError, OSError):
         return None  # of an older version, or damaged: measured again
-    return machine if 0 <= age.days <= MAX_AGE_DAYS else None
+    most = 0 if is_disturbed(machine) else MAX_AGE_DAYS
+    return machine if 0 <= age.days <= most else None
 
 
 def _processor() -> str:
@@ -322,7 +334,7 @@ def _time_product(
     form: Format,
     widths: tuple[int, ...],
     num_tokens: int,
-    buffer: np.ndarray[tuple[int], np.dtype[np.uint8]],
+    buffer: NDArray[np.uint8],
     most_weights: float,
 ) -> float:
     """Return the seconds per weight of one product with a matrix of at most so many weights."""
@@ -388,6 +400,16 @@ def _measure_loop(num_threads: int) -> float:
     return statistics.median(seconds) / num_loops
 
 
+def _measure_logits(function: Callable[[NDArray[np.float32]], object]) -> float:
+    """Time what Python does with a row of logits, as in ``decoding``."""
+    row, seconds = np.zeros(1 << 17, np.float32), []
+    for _ in range(2 * ROUNDS):
+        begin_s = time.perf_counter()
+        function(row)
+        seconds.append(time.perf_counter() - begin_s)
+    return statistics.median(seconds) / row.size
+
+
 def _call(function: Callable[[object], int], num: int = ROUNDS) -> Sequence[float]:
     """Call a function of the library that writes ``num`` times; return them."""
     seconds = (ctypes.c_double * num)()
@@ -397,5 +419,9 @@ def _call(function: Callable[[object], int], num: int = ROUNDS) -> Sequence[floa
 
 
 def _median_and_spread(values: Sequence[float]) -> tuple[float, float]:
+    """Return the median, and the range between the quartiles over it."""
     median = statistics.median(values)
-    return median, (max(values) - min(values)) / median
+    if len(values) < 2:
+        return median, 0.0
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return median, (high - low) / median

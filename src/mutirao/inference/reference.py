@@ -85,6 +85,11 @@ class Pass:
 class ReferenceBackend:
     """A model of a weight store, run by PyTorch on the CPU, with a KV cache of one sequence."""
 
+    kernels = "none"
+    """No native kernels; the other members that the engine asks for are as empty."""
+    bytes_read = 0
+    wait_s = 0.0
+
     def __init__(
         self,
         store: WeightStore,
@@ -120,6 +125,14 @@ class ReferenceBackend:
                     f"draft_planes[{name!r}]={num_planes} is not supported (expected 1 to {most} "
                     "planes of a matrix of the store)"
                 )
+
+    def close(self) -> None:
+        """Give the weights back."""
+        self._matrices.clear()
+
+    def op_seconds(self) -> dict[str, float]:
+        """Return nothing: operations are not timed here."""
+        return {}
 
     @torch.inference_mode()
     def run(

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from mutirao.serve.engine import Message
+from mutirao.inference.conversation import Message
 from mutirao.serve.reply import ApiError
 
 MAX_STOPS = 4

@@ -25,65 +25,82 @@ MIN_KEY_LENGTH = 16
 DEFAULT_MAX_WAITING = 8
 MAX_CONNECTIONS = 64
 """Connections besides those that wait in line; uvicorn refuses more."""
+GRACE_S = 10
+"""Longest that an answer may take to end once the server was asked to; in whole seconds."""
 
 
-def serve(
-    engine: TextEngine,
-    listener: socket.socket,
-    *,
-    model: str,
-    api_key: str,
-    max_waiting: int = DEFAULT_MAX_WAITING,
-    on_start: Callable[[], None] = lambda: None,
-) -> None:
-    """Answer requests until the process is interrupted; then end what is being generated.
-
-    Args:
-        engine: what generates; used by one thread until this returns.
-        listener: from ``listen``; closed at the end.
-        model: name by which clients ask for the model.
-        api_key: from ``find_key``.
-        max_waiting: requests that may wait while one is answered.
-        on_start: called once requests are accepted.
-
-    Raises:
-        KeyboardInterrupt: that is how it was ended.
-    """
-    worker = Worker(engine, max_waiting=max_waiting)
-    config = uvicorn.Config(
-        create_app(worker, model=model, api_key=api_key),
-        http="h11",
-        ws="none",
-        loop="asyncio",
-        lifespan="off",
-        log_config=None,
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        limit_concurrency=max_waiting + MAX_CONNECTIONS,
-        timeout_graceful_shutdown=10,
-    )
-    try:
-        _Server(config, worker, on_start).run(sockets=[listener])
-    finally:
-        worker.close()
-        listener.close()
-
-
-class _Server(uvicorn.Server):
-    """Ends generations when it is asked to end, instead of waiting for the last token."""
+class Server:
+    """A model that is served; one at a time in a process."""
 
     def __init__(
-        self, config: uvicorn.Config, worker: Worker, on_start: Callable[[], None]
+        self,
+        engine: TextEngine,
+        listener: socket.socket,
+        *,
+        model: str,
+        api_key: str,
+        max_waiting: int = DEFAULT_MAX_WAITING,
     ) -> None:
+        """Prepare to serve.
+
+        Args:
+            engine: what generates; used by one thread from now until ``run`` returns.
+            listener: from ``listen``; closed at the end.
+            model: name by which clients ask for the model.
+            api_key: from ``find_key``.
+            max_waiting: requests that may wait while one is answered.
+        """
+        self._listener = listener
+        self._worker = Worker(engine, max_waiting=max_waiting)
+        config = uvicorn.Config(
+            create_app(self._worker, model=model, api_key=api_key),
+            http="h11",
+            ws="none",
+            loop="asyncio",
+            lifespan="off",
+            log_config=None,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            limit_concurrency=max_waiting + MAX_CONNECTIONS,
+            timeout_graceful_shutdown=GRACE_S,
+        )
+        self._uvicorn = _Uvicorn(config, self._worker)
+
+    def run(self, on_start: Callable[[], None] = lambda: None) -> None:
+        """Answer requests until ``stop`` or an interrupt; then end what is being generated.
+
+        Args:
+            on_start: called once requests are accepted.
+
+        Raises:
+            KeyboardInterrupt: the process was interrupted.
+        """
+        self._uvicorn.on_start = on_start
+        try:
+            self._uvicorn.run(sockets=[self._listener])
+        finally:
+            self._worker.close()
+            self._listener.close()
+
+    def stop(self) -> None:
+        """Ask the server to end, from any thread."""
+        self._worker.cancel_all()
+        self._uvicorn.should_exit = True
+
+
+class _Uvicorn(uvicorn.Server):
+    """Ends generations when it is interrupted, instead of waiting for their last token."""
+
+    def __init__(self, config: uvicorn.Config, worker: Worker) -> None:
         super().__init__(config)
         self._worker = worker
-        self._on_start = on_start
+        self.on_start: Callable[[], None] = lambda: None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        self._on_start()
+        self.on_start()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         # This runs in the middle of anything, perhaps with the worker's lock held.
@@ -92,7 +109,7 @@ class _Server(uvicorn.Server):
 
 
 def listen(host: str, port: int, *, allow_remote: bool = False) -> socket.socket:
-    """Bind the server's socket.
+    """Bind the server's socket; it accepts nothing before ``Server.run``.
 
     Args:
         host: an address, or 'localhost'.
@@ -119,7 +136,6 @@ def listen(host: str, port: int, *, allow_remote: bool = False) -> socket.socket
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((str(address), port))
-        listener.listen(128)
     except (OSError, OverflowError) as error:
         listener.close()
         code = getattr(error, "errno", None)

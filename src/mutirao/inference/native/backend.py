@@ -7,7 +7,9 @@ writes over their positions.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -115,10 +117,13 @@ class NativeBackend:
             InferenceError: no memory, or the store is damaged or cannot be read.
         """
         self._handle: int | None = None
+        self._lock = threading.Lock()
+        self._num_cached = 0
         self._library = load_library()
         self.program: Program = compile_program(store.spec)
         self.placement = placement
         spec = store.spec
+        self._vocab_size = spec.vocab_size
         settings = Settings(
             placement.num_threads,
             placement.num_readers,
@@ -132,7 +137,7 @@ class NativeBackend:
             placement.piece_bytes,
         )
         self._handle = self._library.engine_create(
-            str(store.weights_path).encode(), placement.kernels.encode(), ctypes.byref(settings)
+            os.fsencode(store.weights_path), placement.kernels.encode(), ctypes.byref(settings)
         )
         if not self._handle:
             raise InputError(
@@ -157,9 +162,10 @@ class NativeBackend:
 
     def close(self) -> None:
         """Stop the engine's threads and give its memory back; may be called again."""
-        handle, self._handle = self._handle, None
-        if handle:
-            self._library.engine_destroy(handle)
+        with self._lock:
+            handle, self._handle = self._handle, None
+            if handle:
+                self._library.engine_destroy(handle)
 
     def run(
         self,
@@ -173,7 +179,8 @@ class NativeBackend:
 
         Args:
             tokens: token ids; longer than ``max_tokens``, they are taken in chunks.
-            position: of the first; keys and values at and after it are written anew.
+            position: of the first, at most as many as have been run; keys and values at and
+                after it are written anew.
             logits: of the last token, of all (at most ``max_logit_rows``), or none.
             mode: ``draft`` multiplies only the resident planes.
 
@@ -181,15 +188,12 @@ class NativeBackend:
             float32 (rows, vocabulary), a copy; (0, vocabulary) for "none".
 
         Raises:
-            InputError: no tokens, or they do not fit into the context.
-            InferenceError: a read failed, the store is damaged, or memory ran out.
+            InputError: no tokens, they do not fit into the context, or the model lacks one.
+            InferenceError: a read failed, the store is damaged, memory ran out, or the backend
+                is closed.
         """
-        size, limit = self.placement.max_tokens, self.placement.context
-        if not tokens or position + len(tokens) > limit:
-            raise InputError(
-                f"{len(tokens)} tokens at position {position} do not fit into the context of "
-                f"{limit}"
-            )
+        self._check_run(tokens, position, logits)
+        size = self.placement.max_tokens
         head = self.program.layer_starts[-1]
         for begin in range(0, len(tokens), size):
             chunk = tokens[begin : begin + size]
@@ -200,6 +204,7 @@ class NativeBackend:
                 wanted = [len(chunk) - 1] if is_last and logits == "last" else []
             end = len(self.program.ops) if wanted else head
             self.run_ops(chunk, position + begin, 0, end, mode=mode, wanted=wanted)
+            self._num_cached = position + begin + len(chunk)
         return self.logits(len(wanted))
 
     def run_ops(
@@ -232,15 +237,16 @@ class NativeBackend:
             )
         ids = np.asarray(tokens, np.int32)
         rows = np.asarray(wanted, np.int32)
-        self._check(
-            self._library.engine_run(
-                self._handle,
-                ids.ctypes.data,
-                *(len(ids), position, begin, end, int(mode == "draft")),
-                rows.ctypes.data,
-                len(rows),
+        with self._lock:
+            self._check(
+                self._library.engine_run(
+                    self._open_handle(),
+                    ids.ctypes.data,
+                    *(len(ids), position, begin, end, int(mode == "draft")),
+                    rows.ctypes.data,
+                    len(rows),
+                )
             )
-        )
 
     def logits(self, num_rows: int) -> Floats:
         """Return the first rows of the last run's logits, float32 (num_rows, vocabulary)."""
@@ -250,7 +256,7 @@ class NativeBackend:
         """Return a view of a buffer, float32 (rows, width); the next run writes over it."""
         stride = ctypes.c_int32()
         address = self._library.engine_buffer(
-            self._handle, self._buffers[name], ctypes.byref(stride)
+            self._open_handle(), self._buffers[name], ctypes.byref(stride)
         )
         rows = self._buffer_rows(name)
         pointer = ctypes.cast(address, ctypes.POINTER(ctypes.c_float))
@@ -259,27 +265,27 @@ class NativeBackend:
 
     def set_draft_planes(self, name: str, num_planes: int) -> None:
         """Let drafts read the first planes of a matrix that is streamed whole; 0: all."""
-        self._library.engine_set_draft_planes(self._handle, self._tensors[name], num_planes)
+        self._library.engine_set_draft_planes(self._open_handle(), self._tensors[name], num_planes)
 
     @property
     def kernels(self) -> str:
         """The kernels in use, such as 'avx512'."""
-        return str(self._library.engine_kernels(self._handle).decode())
+        return str(self._library.engine_kernels(self._open_handle()).decode())
 
     @property
     def bytes_read(self) -> int:
         """Bytes streamed from the store since it was loaded."""
-        return int(self._library.engine_bytes_read(self._handle))
+        return int(self._library.engine_bytes_read(self._open_handle()))
 
     @property
     def wait_s(self) -> float:
         """Time that computing waited for pieces, in seconds."""
-        return float(self._library.engine_wait_s(self._handle))
+        return float(self._library.engine_wait_s(self._open_handle()))
 
     def op_seconds(self) -> dict[str, float]:
         """Return the time spent in each kind of op, in seconds."""
         return {
-            kind.__name__: float(self._library.engine_op_s(self._handle, index))
+            kind.__name__: float(self._library.engine_op_s(self._open_handle(), index))
             for index, kind in enumerate(_OPS)
         }
 
@@ -365,11 +371,47 @@ class NativeBackend:
             target=lambda: result.append(self._library.engine_load(self._handle))
         )
         loading.start()
-        while loading.is_alive():
-            loading.join(LOAD_POLL_S)
-            if progress is not None:
-                progress(int(self._library.engine_bytes_loaded(self._handle)))
+        try:
+            while loading.is_alive():
+                loading.join(LOAD_POLL_S)
+                if progress is not None:
+                    progress(int(self._library.engine_bytes_loaded(self._handle)))
+        except BaseException:
+            self._library.engine_cancel(self._handle)
+            raise
+        finally:
+            while loading.is_alive():  # the engine must not be taken from under it
+                with contextlib.suppress(KeyboardInterrupt):
+                    loading.join()
         self._check(result[0])
+
+    def _open_handle(self) -> int:
+        if self._handle is None:
+            raise InferenceError("the model is closed; open it again")
+        return self._handle
+
+    def _check_run(self, tokens: Sequence[int], position: int, logits: Wanted) -> None:
+        limit, cached = self.placement.context, self._num_cached
+        if not tokens or position + len(tokens) > limit:
+            raise InputError(
+                f"{len(tokens)} tokens at position {position} do not fit into the context of "
+                f"{limit}"
+            )
+        if not 0 <= position <= cached:
+            raise InputError(
+                f"position={position} is not supported (expected 0 to {cached}, the tokens in the "
+                "cache)"
+            )
+        if min(tokens) < 0 or max(tokens) >= self._vocab_size:
+            raise InputError(
+                f"tokens from {min(tokens)} to {max(tokens)} are not the model's (expected 0 to "
+                f"{self._vocab_size - 1})"
+            )
+        if logits == "all" and len(tokens) > self.placement.max_tokens:
+            raise InputError(
+                f"logits of all of {len(tokens)} tokens were asked for (at most "
+                f"{self.placement.max_tokens} are run at a time)"
+            )
 
     def _check(self, result: int) -> None:
         if result != 0:

@@ -354,6 +354,8 @@ EXPORT int engine_load(engine *e) {
     return 0;
 }
 
+/* Let a load that another thread runs end soon, with an error. */
+EXPORT void engine_cancel(engine *e) { fail(e, "it was cancelled"); }
 EXPORT int64_t engine_bytes_loaded(const engine *e) { return __atomic_load_n(&e->num_loaded, __ATOMIC_RELAXED); }
 EXPORT int64_t engine_bytes_read(const engine *e) { return (e->reader ? stream_bytes_read(e->reader) : 0) + e->row_bytes_read; }
 EXPORT double engine_wait_s(const engine *e) { return e->reader ? stream_wait_s(e->reader) : 0; }

@@ -17,6 +17,8 @@
 #define UNROLL_4 _Pragma("GCC unroll 4")
 #endif
 
+typedef int32_t __attribute__((may_alias)) quad; /* four 8-bit activations */
+
 /* ---- Matrix products over integer codes ---------------------------------------------------- */
 
 /* Merge one plane of a block into the eight vectors of codes; `at` is its lowest bit's place. */
@@ -92,36 +94,42 @@ TILE void codes_tile(const matrix_view *w, const activations *x, int panel, int 
     const uint8_t *scales = w->scales + panel * panel_scale_bytes(w->scales_kind, w->num_columns);
     const int8_t *codes_x = x->codes + (int64_t)token * x->code_stride;
     const int64_t block_x = (int64_t)token * x->block_stride;
+    const float *scales_x = x->scales, *sums32 = x->sums32, *sums16 = x->sums16;
+    const int code_stride = x->code_stride, block_stride = x->block_stride;
+    const int scales_kind = w->scales_kind;
+    const float code_offset = w->offset;
+    const uint8_t *planes[MAX_PLANES];
     block_scales group;
-    for (int t = 0; t < T; t++) acc[t] = vf_zero();
+    vf sum[8]; /* not `acc`: what a pointer leads to would be stored at every step */
+    for (int p = 0; p < MAX_PLANES; p++) planes[p] = w->planes[p];
+    UNROLL_8 for (int t = 0; t < T; t++) sum[t] = vf_zero();
     for (int b = 0; b < num_blocks; b++) {
         vi codes[8];
         UNROLL_8 for (int j = 0; j < 8; j++) codes[j] = vi_zero();
         const int64_t line = (panel_lines + b) * LINE_BYTES;
-        unpack_plane(codes, w->planes[0] + line * w0, w0, bits - w0);
-        if (w1) unpack_plane(codes, w->planes[1] + line * w1, w1, bits - w0 - w1);
-        if (w2) unpack_plane(codes, w->planes[2] + line * w2, w2, bits - w0 - w1 - w2);
-        if (w3) unpack_plane(codes, w->planes[3] + line * w3, w3, bits - w0 - w1 - w2 - w3);
-        if (w4) unpack_plane(codes, w->planes[4] + line * w4, w4, 0);
+        unpack_plane(codes, planes[0] + line * w0, w0, bits - w0);
+        if (w1) unpack_plane(codes, planes[1] + line * w1, w1, bits - w0 - w1);
+        if (w2) unpack_plane(codes, planes[2] + line * w2, w2, bits - w0 - w1 - w2);
+        if (w3) unpack_plane(codes, planes[3] + line * w3, w3, bits - w0 - w1 - w2 - w3);
+        if (w4) unpack_plane(codes, planes[4] + line * w4, w4, 0);
         int sub = 0;
-        if (w->scales_kind == SCALES_K6) {
+        if (scales_kind == SCALES_K6) {
             sub = b & 7;
-            if (sub == 0) read_scales_k6(scales + (b >> 3) * 256, w->offset, &group);
+            if (sub == 0) read_scales_k6(scales + (b >> 3) * 256, code_offset, &group);
         } else if (bits == 6) {
             sub = 2 * (b & 7);
-            if (sub == 0) read_scales_k8(scales + (b >> 3) * 288, w->offset, &group);
-        } else if (w->scales_kind == SCALES_HM) {
-            read_scales_h(scales + b * 64, 1, w->offset, &group);
+            if (sub == 0) read_scales_k8(scales + (b >> 3) * 288, code_offset, &group);
+        } else if (scales_kind == SCALES_HM) {
+            read_scales_h(scales + b * 64, 1, code_offset, &group);
         } else {
-            read_scales_h(scales + b * 32, 0, w->offset, &group);
+            read_scales_h(scales + b * 32, 0, code_offset, &group);
         }
         const vf scale = vf_load(group.scale[sub]), offset = vf_load(group.offset[sub]);
         vf scale2 = scale, offset2 = offset;
         if (bits == 6) scale2 = vf_load(group.scale[sub + 1]), offset2 = vf_load(group.offset[sub + 1]);
 UNROLL_8
         for (int t = 0; t < T; t++) {
-            int32_t xq[8];
-            memcpy(xq, codes_x + (int64_t)t * x->code_stride + b * BLOCK_COLUMNS, 32);
+            const quad *xq = (const quad *)(codes_x + (int64_t)t * code_stride + b * BLOCK_COLUMNS);
             vi low = vi_zero(), high = vi_zero();
 UNROLL_4
             for (int j = 0; j < 4; j++) {
@@ -133,19 +141,20 @@ UNROLL_4
                     high = vi_dot_small(high, codes[j + 4], xq[j + 4]);
                 }
             }
-            const int64_t at = block_x + (int64_t)t * x->block_stride + b;
-            const vf scale_x = vf_set(x->scales[at]);
+            const int64_t at = block_x + (int64_t)t * block_stride + b;
+            const vf scale_x = vf_set(scales_x[at]);
             if (bits == 6) {
                 vf both = vf_fma(scale, vi_to_vf(low), vf_mul(scale2, vi_to_vf(high)));
-                acc[t] = vf_fma(both, scale_x, acc[t]);
-                acc[t] = vf_fma(offset, vf_set(x->sums16[2 * at]), acc[t]);
-                acc[t] = vf_fma(offset2, vf_set(x->sums16[2 * at + 1]), acc[t]);
+                sum[t] = vf_fma(both, scale_x, sum[t]);
+                sum[t] = vf_fma(offset, vf_set(sums16[2 * at]), sum[t]);
+                sum[t] = vf_fma(offset2, vf_set(sums16[2 * at + 1]), sum[t]);
             } else {
-                acc[t] = vf_fma(vf_mul(scale, vi_to_vf(vi_add(low, high))), scale_x, acc[t]);
-                acc[t] = vf_fma(offset, vf_set(x->sums32[at]), acc[t]);
+                sum[t] = vf_fma(vf_mul(scale, vi_to_vf(vi_add(low, high))), scale_x, sum[t]);
+                sum[t] = vf_fma(offset, vf_set(sums32[at]), sum[t]);
             }
         }
     }
+    UNROLL_8 for (int t = 0; t < T; t++) acc[t] = sum[t];
 }
 
 /* ---- Matrix products over floats ----------------------------------------------------------- */
@@ -262,16 +271,23 @@ static void matmul(const matrix_view *w, const activations *x, int begin, int en
         }
 }
 
+/* A block whose largest value is below this has codes of zero: 127 over it may overflow. */
+static const float SMALLEST_BLOCK = 1e-36f;
+
 static void quantize(const float *x, int begin, int end, int8_t *codes, float *scales, float *sums32,
                      float *sums16) {
     for (int b = begin; b < end; b++) {
         const float *xb = x + b * BLOCK_COLUMNS;
-        float largest = 0;
+        /* Magnitudes are ordered as their bits are, NaN above all: what is no number stays so. */
+        uint32_t bits[BLOCK_COLUMNS], largest_bits = 0;
+        memcpy(bits, xb, sizeof bits);
         for (int i = 0; i < BLOCK_COLUMNS; i++) {
-            float magnitude = fabsf(xb[i]);
-            largest = magnitude > largest ? magnitude : largest;
+            const uint32_t magnitude = bits[i] & 0x7fffffffu;
+            largest_bits = magnitude > largest_bits ? magnitude : largest_bits;
         }
-        const float scale = largest / 127.0f, inverse = largest > 0 ? 127.0f / largest : 0;
+        float largest;
+        memcpy(&largest, &largest_bits, sizeof largest);
+        const float scale = largest / 127.0f, inverse = largest > SMALLEST_BLOCK ? 127.0f / largest : 0;
         int sums[2] = {0, 0};
         int32_t rounded[BLOCK_COLUMNS];
         for (int i = 0; i < BLOCK_COLUMNS; i += 16) {
@@ -280,7 +296,7 @@ static void quantize(const float *x, int begin, int end, int8_t *codes, float *s
         }
         for (int i = 0; i < BLOCK_COLUMNS; i++) {
             codes[b * BLOCK_COLUMNS + i] = (int8_t)rounded[i];
-            sums[i / 16] += rounded[i];
+            sums[i / 16] += codes[b * BLOCK_COLUMNS + i];
         }
         scales[b] = scale;
         sums16[2 * b] = scale * (float)sums[0];

@@ -1,4 +1,4 @@
-"""The C library: compiled once with whatever C compiler there is, loaded by ctypes.
+"""The C library, loaded by ctypes.
 
 An installed package brings it along; in a checkout, or where the sources have changed since,
 it is compiled when it is first wanted (about half a minute). Where there is neither a library
@@ -11,85 +11,13 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import functools
-import hashlib
 import os
-import platform
-import shutil
-import subprocess
-import tempfile
 from pathlib import Path
 
 from mutirao.console import console
 from mutirao.environment import cache_directory
 from mutirao.errors import MissingKernelError
-
-HERE = Path(__file__).parent
-SUFFIX = "so"
-COMMON_FLAGS = ("-std=c11", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-pthread")
-SOURCES: dict[str, tuple[str, ...]] = {
-    "engine.c": ("-O2",),
-    "stream.c": ("-O2",),
-    "pool.c": ("-O2",),
-    "weights.c": ("-O3",),
-    "probe.c": ("-O2",),
-    "kernels_scalar.c": ("-O2",),
-}
-X86_SOURCES: dict[str, tuple[str, ...]] = {
-    "kernels_avx2.c": ("-O2", "-mavx2", "-mfma", "-mf16c"),
-    "kernels_avx512.c": (
-        *("-O2", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"),
-        *("-mfma", "-mf16c"),
-    ),
-}
-COMPILE_TIMEOUT_S = 600
-
-
-def sources() -> dict[str, tuple[str, ...]]:
-    """Return the C files for this machine and the flags of each."""
-    is_x86 = platform.machine() in ("x86_64", "AMD64")
-    return SOURCES | X86_SOURCES if is_x86 else dict(SOURCES)
-
-
-def source_hash() -> str:
-    """Return a hash of the C files and flags; a library built from others is not used."""
-    digest = hashlib.sha256(repr((COMMON_FLAGS, sources())).encode())
-    for path in sorted((*HERE.glob("*.c"), *HERE.glob("*.h"))):
-        digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def compile_library(path: Path) -> None:
-    """Compile the library to a path; needs ``cc`` (or what CC names).
-
-    Raises:
-        MissingKernelError: there is no compiler, or it failed; its words are in the message.
-    """
-    compiler = shutil.which(os.environ.get("CC", "cc"))
-    if compiler is None:
-        raise MissingKernelError("there is no C compiler (expected cc, or what CC names)")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        objects = []
-        for name, flags in sources().items():
-            objects.append(f"{folder}/{name}.o")
-            _run([compiler, *COMMON_FLAGS, *flags, "-c", str(HERE / name), "-o", objects[-1]])
-        built = f"{folder}/library"
-        _run([compiler, "-shared", "-pthread", *objects, "-o", built, "-lm"])
-        os.replace(built, path)
-
-
-def _run(command: list[str]) -> None:
-    try:
-        subprocess.run(
-            command, check=True, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S
-        )
-    except subprocess.CalledProcessError as error:
-        said = (error.stderr or "").strip().splitlines()
-        raise MissingKernelError(
-            f"the C compiler failed: {said[0] if said else error}; see `{command[0]} --version`"
-        ) from None
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise MissingKernelError(f"the C compiler failed: {error}") from None
+from mutirao.inference.native.build import HERE, CompileError, compile_library, library_name
 
 
 @functools.cache
@@ -105,7 +33,7 @@ def load_library() -> ctypes.CDLL:
 
 
 def _find_or_compile() -> Path:
-    name = f"kernels-{source_hash()}.{SUFFIX}"
+    name = library_name()
     for folder in (HERE, cache_directory() / "kernels"):
         if (folder / name).is_file():
             return folder / name
@@ -115,7 +43,10 @@ def _find_or_compile() -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not path.is_file():
             console.print("compiling the inference kernels, once", style="dim")
-            compile_library(path)
+            try:
+                compile_library(path)
+            except CompileError as error:
+                raise MissingKernelError(f"there are no native kernels: {error}") from None
     return path
 
 
@@ -194,6 +125,7 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
             ],
         ),
         "engine_load": (number, [pointer]),
+        "engine_cancel": (None, [pointer]),
         "engine_bytes_loaded": (ctypes.c_int64, [pointer]),
         "engine_bytes_read": (ctypes.c_int64, [pointer]),
         "engine_wait_s": (ctypes.c_double, [pointer]),

@@ -19,7 +19,7 @@ typedef struct {
 } entry;
 
 struct stream {
-    int file, num_readers, num_pieces, stopping, failed;
+    int file, num_readers, num_pieces, stopping, seeking, failed;
     piece *pieces;
     const tensor *tensors;
     const uint64_t *checksums;
@@ -41,8 +41,11 @@ static double now_s(void) {
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
+/* Some file systems, tmpfs among them, know no direct reads; there the page cache is used. */
 int open_weights(const char *path, int direct) {
-    return open(path, O_RDONLY | O_CLOEXEC | (direct ? O_DIRECT : 0));
+    const int file = direct ? open(path, O_RDONLY | O_CLOEXEC | O_DIRECT) : -1;
+    if (file >= 0 || (direct && errno != EINVAL)) return file;
+    return open(path, O_RDONLY | O_CLOEXEC);
 }
 
 int read_range(int file, uint8_t *to, int64_t length, int64_t offset) {
@@ -98,7 +101,7 @@ static entry *find_unread(stream *s) {
         entry *e = entry_at(s, i);
         if (e->next_read < s->pieces[e->piece].num_reads) return e;
     }
-    return place_next(s) ? entry_at(s, s->count - 1) : NULL;
+    return !s->seeking && place_next(s) ? entry_at(s, s->count - 1) : NULL;
 }
 
 static void fail(stream *s, const char *what, int code) {
@@ -140,6 +143,7 @@ static void *read_ahead(void *given) {
 
 /* Begin anew at another piece, once what is being read has come. */
 static void seek(stream *s, int piece_index) {
+    s->seeking = 1;
     for (int i = 0; i < s->count; i++) { /* reads not begun are dropped */
         entry *e = entry_at(s, i);
         const int num = s->pieces[e->piece].num_reads;
@@ -149,7 +153,7 @@ static void seek(stream *s, int piece_index) {
     }
     for (int i = 0; i < s->count; i++)
         while (entry_at(s, i)->reads_left > 0 && !s->failed) pthread_cond_wait(&s->ready, &s->lock);
-    s->first = s->count = 0;
+    s->seeking = s->first = s->count = 0;
     s->head = s->tail = 0;
     s->next_piece = piece_index;
     pthread_cond_broadcast(&s->room);
