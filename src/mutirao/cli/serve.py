@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mutirao.cli.run import Context, Draft, Memory, Source, Threads
 
-SERVER_BYTES = 20_000_000
-"""Memory of the server beside the engine's own: 12 MB of libraries and 4 MB while it answers
-(2026-11, starlette 1.3, uvicorn 0.49, Python 3.11), and something to spare."""
+if TYPE_CHECKING:
+    from mutirao.inference.engine import Engine
+
+SERVER_BYTES = 12_000_000
+"""Memory of the server beside the engine's own: 6 MB of libraries and 3 MB while eight clients
+ask at once (2026-11, starlette 1.3, uvicorn 0.49, Python 3.11), and something to spare."""
 
 
 def serve(
@@ -42,25 +45,12 @@ def serve(
 ) -> None:
     """Serve a model over HTTP to OpenAI's clients; Ctrl-C ends it."""
     from mutirao.console import console
-    from mutirao.inference.engine import Engine
-    from mutirao.inference.model_source import locate_model
-    from mutirao.inference.sizes import parse_size
     from mutirao.serve.server import Server, find_key, listen
 
     api_key, is_new = find_key(key_file)
     listener = listen(host, port, allow_remote=allow_remote)
     model = name or _name(source)
-    budget = None if memory is None else parse_size(memory) - SERVER_BYTES
-    with (
-        listener,
-        Engine.open(
-            locate_model(source),
-            memory=budget,
-            threads=threads,
-            context=context,
-            speculation=speculation,  # type: ignore[arg-type]
-        ) as engine,
-    ):
+    with listener, _open(source, memory, threads, context, speculation) as engine:
         server = Server(engine, listener, model=model, api_key=api_key, max_waiting=max_waiting)
 
         def tell() -> None:
@@ -75,6 +65,33 @@ def serve(
             console.print(f"serving at {url}; Ctrl-C ends it", markup=False, soft_wrap=True)
 
         server.run(on_start=tell)
+
+
+def _open(
+    source: str, memory: str | None, threads: int | None, context: int | None, speculation: str
+) -> Engine:
+    from mutirao.errors import InputError
+    from mutirao.inference.engine import Engine
+    from mutirao.inference.model_source import locate_model
+    from mutirao.inference.sizes import parse_size
+
+    if speculation not in ("auto", "on", "off"):
+        raise InputError(f"--speculation {speculation} is not accepted (expected auto, on or off)")
+    budget = None if memory is None else max(parse_size(memory) - SERVER_BYTES, 1)
+    try:
+        return Engine.open(
+            locate_model(source),
+            memory=budget,
+            threads=threads,
+            context=context,
+            speculation=speculation,  # type: ignore[arg-type]
+        )
+    except InputError as error:
+        if budget is None or type(error) is not InputError:
+            raise
+        raise InputError(
+            f"{error} (the server itself takes {SERVER_BYTES / 1e6:.0f} MB of --memory besides)"
+        ) from None
 
 
 def _name(source: str) -> str:

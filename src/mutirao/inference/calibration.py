@@ -39,6 +39,8 @@ NUM_SKIPPED = 8
 NUM_COMPARED = 48
 """Tokens whose whole distributions are compared; as many rows of logits are kept in memory."""
 ROWS_AT_ONCE = 16
+FULL_EVERY = 4
+NOISE_EVERY = 4
 NOISE = 0.02
 """Relative size of the noise that tells a layer's weight: about that of one dropped plane."""
 FRACTIONS = (0.95, 0.85, 0.75, 0.65, 0.55)
@@ -148,13 +150,12 @@ def calibrate(
     )
     with NativeBackend(store, placement) as backend:
         run = _Calibrator(backend, store, tokens)
-        parts = run.losses()
-        num_steps = store.spec.num_layers + 1 + store.spec.num_layers // 2 + len(FRACTIONS)
+        num_steps = store.spec.num_layers + 1
         losses: dict[str, dict[int, float]] = {}
-        for step, (name, by_planes) in enumerate(parts):
-            losses |= {each: by_planes[each] for each in by_planes}
-            if progress is not None and name:
-                progress(min(step / num_steps, 1.0))
+        for step, measured in enumerate(run.losses()):
+            losses |= measured
+            if progress is not None:
+                progress(min((step + 1) / num_steps, 1.0))
         agreement = []
         total = sum(each.num_bytes for each in matrices)
         lookups = only_looked_up(program, store.tensors)
@@ -162,8 +163,6 @@ def calibrate(
             choice = split(matrices, lookups, int(total * fraction), losses)
             if choice is not None:
                 agreement.append((choice.loss, run.agreement(choice.resident)))
-        if progress is not None:
-            progress(1.0)
     return Calibration(losses, agreement, len(tokens) - NUM_SKIPPED)
 
 
@@ -185,13 +184,42 @@ class _Calibrator:
         self.full = dict(self._log_probabilities(self.compared))
         self.answers = self._answers()
 
-    def losses(self) -> Iterator[tuple[str, dict[str, dict[int, float]]]]:
-        """Yield each layer's losses, then the head's."""
+    def losses(self) -> Iterator[dict[str, dict[int, float]]]:
+        """Yield the losses of each layer, and of the head, as they are measured.
+
+        Every fourth layer is measured with any number of planes dropped, the others with one;
+        how much faster losses grow with more is taken from the former.
+        """
         depths = self._noise_weights()
-        for layer, (begin, end) in enumerate(zip(self.starts, self.starts[1:], strict=False)):
-            weight = depths[layer + 1]
-            yield f"layer {layer}", self._part_losses(begin, end, layer, weight)
-        yield "head", self._part_losses(self.starts[-1], len(self.program.ops), None, 1.0)
+        growth: dict[tuple[str, str, int], list[float]] = {}
+        layers = list(range(len(self.starts) - 1))
+        for layer in layers[::FULL_EVERY] + [each for each in layers if each % FULL_EVERY]:
+            begin, end = self.starts[layer], self.starts[layer + 1]
+            losses: dict[str, dict[int, float]] = {}
+            for kind, names in self._groups(begin, end).items():
+                most = len(self.tensors[names[0]].planes)
+                whole = layer % FULL_EVERY == 0 or (*kind, 1) not in growth
+                measured = {
+                    keeps: depths[layer + 1] * self._error(begin, end, names, keeps, layer)
+                    for keeps in range(most - 1, 0 if whole else most - 2, -1)
+                }
+                for keeps in range(most - 1, 0, -1):
+                    if whole:
+                        ratio = measured[keeps] / max(measured[most - 1], 1e-12)
+                        growth.setdefault((*kind, keeps), []).append(ratio)
+                    elif keeps not in measured:
+                        mean_growth = float(np.mean(growth[*kind, keeps]))
+                        measured[keeps] = measured[most - 1] * mean_growth
+                losses |= self._shared(names, measured)
+            yield losses
+        begin, end = self.starts[-1], len(self.program.ops)
+        for names in self._groups(begin, end).values():
+            most = len(self.tensors[names[0]].planes)
+            measured = {
+                keeps: self._error(begin, end, names, keeps, None)
+                for keeps in range(most - 1, 0, -1)
+            }
+            yield self._shared(names, measured)
 
     def agreement(self, resident: dict[str, int]) -> float:
         """Return the share of tokens on which a whole draft names the model's first choice."""
@@ -207,29 +235,27 @@ class _Calibrator:
             self.backend.set_draft_planes(name, 0)
         return float(agreed)
 
-    def _part_losses(
-        self, begin: int, end: int, layer: int | None, weight: float
+    def _shared(
+        self, names: Sequence[str], measured: dict[int, float]
     ) -> dict[str, dict[int, float]]:
-        losses: dict[str, dict[int, float]] = {}
-        for names in self._groups(begin, end):
-            most = max(len(self.tensors[name].planes) for name in names)
-            for keeps in range(most - 1, 0, -1):
-                touched = [name for name in names if keeps < len(self.tensors[name].planes)]
-                loss = weight * self._error(begin, end, touched, keeps, layer)
-                bytes_of = {name: self.tensors[name].num_bytes for name in touched}
-                for name in touched:
-                    share = loss * bytes_of[name] / sum(bytes_of.values())
-                    losses.setdefault(name, {})[keeps] = share
-        return losses
+        """Share a group's losses among its matrices by their bytes."""
+        total = sum(self.tensors[name].num_bytes for name in names)
+        return {
+            name: {
+                keeps: loss * self.tensors[name].num_bytes / total
+                for keeps, loss in measured.items()
+            }
+            for name in names
+        }
 
-    def _groups(self, begin: int, end: int) -> list[list[str]]:
+    def _groups(self, begin: int, end: int) -> dict[tuple[str, str], list[str]]:
         """Matrices of one part that are judged together: those of one input and one format."""
         groups: dict[tuple[str, str], list[str]] = {}
         for op in self.program.ops[begin:end]:
             if isinstance(op, MatMul) and not find_format(self.tensors[op.weight].format).is_float:
                 key = (op.input, self.tensors[op.weight].format)
                 groups.setdefault(key, []).append(op.weight)
-        return list(groups.values())
+        return groups
 
     def _error(
         self, begin: int, end: int, names: Sequence[str], keeps: int, layer: int | None
@@ -254,7 +280,7 @@ class _Calibrator:
         """KL divergence per relative squared error of what enters each layer, and the head."""
         rng = np.random.default_rng(0)
         measured: dict[int, float] = {}
-        depths = range(0, len(self.entries), 2)
+        depths = range(0, len(self.entries), NOISE_EVERY)
         for depth in depths:
             entry = self.entries[depth]
             noise = rng.standard_normal(entry.shape, np.float32)

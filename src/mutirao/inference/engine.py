@@ -22,10 +22,12 @@ from typing import Any, Literal
 from mutirao.errors import InputError, MissingKernelError
 from mutirao.inference.calibration import TEXT, Calibration, calibrate
 from mutirao.inference.conversation import Generation, Message
+from mutirao.inference.cost_model import predict, predict_best_draft
 from mutirao.inference.decoding import Backend, Counts, Decoder
 from mutirao.inference.native.backend import NOTHING, NativeBackend, Placement
 from mutirao.inference.native.library import load_library
 from mutirao.inference.placement import Choice, multiplied, only_looked_up, pin, split
+from mutirao.inference.probe import probe
 from mutirao.inference.program import compile_program
 from mutirao.inference.sampling import Sampling
 from mutirao.inference.sizes import parse_size
@@ -398,19 +400,31 @@ def _plan(
             f"memory={memory / 1e6:.0f} MB is too small for {store.directory.name} with a context "
             f"of {context} tokens: at least {least} MB; or lower --context"
         )
-    choice: Choice | None = None
+    machine = probe(store.directory, threads)
+    options = [(pin(matrices, lookups, budget), False)]
     if speculation != "off":
-        choice = split(matrices, lookups, budget, _losses(store, tokenizer, threads, direct))
-    has_draft = choice is not None
-    if choice is None:
-        choice = pin(matrices, lookups, budget)
+        calibration = _calibration(store, tokenizer, threads, direct)
+        drafting = split(matrices, lookups, budget, calibration.losses)
+        if drafting is not None:
+            options = [*options, (drafting, True)] if speculation == "auto" else [(drafting, True)]
+    predicted: list[tuple[float, Choice, bool]] = []
+    for choice, has_draft in options:
+        placement = _placement(choice.resident, threads, context, rows, direct)
+        model = (machine, store.spec, store.tensors, placement)
+        if has_draft:
+            acceptance = calibration.expected_agreement(choice.loss)
+            expected = predict_best_draft(*model, acceptance)
+        else:
+            expected = predict(*model)
+        predicted.append((expected.tokens_per_s, choice, has_draft))
+    speed, choice, has_draft = max(predicted, key=lambda each: each[0])
     placement = _placement(choice.resident, threads, context, rows, direct)
     words = "drafts by the resident planes" if has_draft else "pins and streams"
     plan = (
         f"{words}: {choice.resident_bytes / 1e6:.0f} MB resident, "
         f"{choice.streamed_bytes / 1e6:.0f} MB streamed per pass"
     )
-    return _Opened(choice, placement, has_draft, plan, memory=needs)
+    return _Opened(choice, placement, has_draft, plan, speed, memory=needs)
 
 
 def _placement(
@@ -442,9 +456,9 @@ def _needs(store: WeightStore, context: int, rows: int) -> dict[str, int]:
     }
 
 
-def _losses(
+def _calibration(
     store: WeightStore, tokenizer: Tokenizer, threads: int, direct: bool
-) -> dict[str, dict[int, float]]:
+) -> Calibration:
     calibration = Calibration.load(store.directory)
     if calibration is None:
         from mutirao.console import part_progress
@@ -455,4 +469,4 @@ def _losses(
                 store, tokens, num_threads=threads, direct=direct, progress=tell
             )
         calibration.save(store.directory)
-    return calibration.losses
+    return calibration

@@ -75,7 +75,9 @@ class Machine:
     """Processor time that reading takes from computing."""
     products: tuple[ProductSpeed, ...]
     attention_s_per_value: float
-    """Per query head, position and value of the head."""
+    """Per query head, position and value of the head, with keys and values in a cache."""
+    cache_s_per_value: float
+    """Of bringing them from memory, per key/value head, position and value; may be 0."""
     norm_s_per_value: float
     """On one thread, as are the next two."""
     activation_s_per_value: float

@@ -193,8 +193,9 @@ class PassCosts:
         keys = position + (rows + 1) / 2
         if op.window is not None:
             keys = min(keys, op.window)
-        values = rows * op.num_heads * op.head_dim * keys
-        return Step(values * self.machine.attention_s_per_value + 2 * self.machine.loop_s)
+        attended_s = rows * op.num_heads * op.head_dim * keys * self.machine.attention_s_per_value
+        brought_s = op.num_kv_heads * op.head_dim * keys * self.machine.cache_s_per_value
+        return Step(attended_s + brought_s + 2 * self.machine.loop_s)
 
     def _row_op(self, op: Op, rows: int) -> Step:
         """An op that takes rows apart: one thread works on a row."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import datetime
+import functools
 import hashlib
 import itertools
 import mmap
@@ -61,6 +62,8 @@ FILE_BYTES = 1 << 28
 MATRIX_BYTES = 48 << 20
 """A matrix: larger than the caches of most machines; more where they say theirs is larger."""
 MAX_MATRIX_BYTES = 192 << 20
+KV_BYTES = 512 << 10
+"""Keys and values that a core's cache holds (assumption)."""
 MATRIX_COLUMNS = 4096
 PRODUCT_S = 0.03
 """No product takes much longer: the matrix is smaller where there are many tokens."""
@@ -114,7 +117,9 @@ def measure(directory: Path, num_threads: int) -> Machine:
     with _file_to_read(directory) as path:
         direct = _has_direct(path)
         reads, read_cpu_s_per_byte = _measure_disk(path, direct)
-    products = _measure_products(kernels, num_threads)
+    buffer = np.full(_matrix_bytes(), FILL, np.uint8)
+    products = _measure_products(kernels, num_threads, buffer)
+    attention_s, cache_s = _measure_attention(kernels, num_threads, buffer)
     rows = [_measure_rows(kernels, row_op) for row_op in range(3)]
     return Machine(
         host=platform.node(),
@@ -128,7 +133,8 @@ def measure(directory: Path, num_threads: int) -> Machine:
         reads=reads,
         read_cpu_s_per_byte=read_cpu_s_per_byte,
         products=products,
-        attention_s_per_value=_measure_attention(kernels, num_threads),
+        attention_s_per_value=attention_s,
+        cache_s_per_value=cache_s,
         norm_s_per_value=rows[0],
         activation_s_per_value=rows[1],
         quantize_s_per_value=rows[2],
@@ -231,7 +237,7 @@ def _measure_disk(path: Path, direct: bool) -> tuple[tuple[DiskSpeed, ...], floa
     """Read in all ways, round by round; also the processor time per byte, of large chunks."""
     ways = list(itertools.product(CHUNK_BYTES, NUM_READERS))
     speeds: dict[tuple[int, int], list[float]] = {way: [] for way in ways}
-    costs = []
+    costs, buffers = [], _buffers()
     with _opened(path, direct=direct) as file:
         size, offset = os.fstat(file).st_size, 0
         started_s = time.perf_counter()
@@ -239,8 +245,9 @@ def _measure_disk(path: Path, direct: bool) -> tuple[tuple[DiskSpeed, ...], floa
             for chunk_bytes, num_readers in ways:
                 if not direct:
                     os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+                views = [buffer[:chunk_bytes] for buffer in buffers[:num_readers]]
                 busy_s = time.process_time()
-                num_bytes, seconds = _read_for(file, size, offset, chunk_bytes, num_readers)
+                num_bytes, seconds = _read_for(file, size, offset, views)
                 speeds[chunk_bytes, num_readers].append(num_bytes / seconds)
                 offset += num_bytes
                 if chunk_bytes >= 1 << 20:
@@ -251,29 +258,37 @@ def _measure_disk(path: Path, direct: bool) -> tuple[tuple[DiskSpeed, ...], floa
     return reads, statistics.median(costs)
 
 
+def _buffers() -> list[memoryview]:
+    """Return aligned memory for each reader, already there: the first touch of a page costs time."""
+    buffers = [memoryview(mmap.mmap(-1, CHUNK_BYTES[-1])) for _ in range(NUM_READERS[-1])]
+    for buffer in buffers:
+        np.frombuffer(buffer, np.uint8)[:: mmap.PAGESIZE] = 1
+    return buffers
+
+
 def _read_for(
-    file: int, size: int, offset: int, chunk_bytes: int, num_readers: int
+    file: int, size: int, offset: int, buffers: Sequence[memoryview]
 ) -> tuple[int, float]:
     """Read one chunk after the other, over and over, for a slice of time; bytes and seconds."""
+    chunk_bytes = len(buffers[0])
     num_chunks = size // chunk_bytes
     counter = itertools.count(offset // chunk_bytes)
     done: list[int] = []
 
-    def read() -> None:
+    def read(buffer: memoryview) -> None:
         num_bytes = 0
-        with mmap.mmap(-1, chunk_bytes) as buffer:
-            while num_bytes == 0 or time.perf_counter() < end_s:
-                num_bytes += os.preadv(file, [buffer], next(counter) % num_chunks * chunk_bytes)
+        while num_bytes == 0 or time.perf_counter() < end_s:
+            num_bytes += os.preadv(file, [buffer], next(counter) % num_chunks * chunk_bytes)
         done.append(num_bytes)
 
-    threads = [threading.Thread(target=read) for _ in range(num_readers)]
+    threads = [threading.Thread(target=read, args=(buffer,)) for buffer in buffers]
     begin_s = time.perf_counter()
     end_s = begin_s + READ_SLICE_S
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    if len(done) < num_readers or not all(done):
+    if len(done) < len(buffers) or not all(done):
         raise InferenceError(
             "the disk could not be read while it was probed; look at the system's log"
         )
@@ -299,13 +314,14 @@ def arrangements(form: Format) -> list[tuple[int, ...]]:
     return list(dict.fromkeys(found))
 
 
-def _measure_products(kernels: str, num_threads: int) -> tuple[ProductSpeed, ...]:
+def _measure_products(
+    kernels: str, num_threads: int, buffer: NDArray[np.uint8]
+) -> tuple[ProductSpeed, ...]:
     cases = [
         (form, widths)
         for form in FORMATS.values()
         for widths in arrangements(form)[: None if form.name in _DRAFTED else 1]
     ]
-    buffer = np.full(_matrix_bytes(), FILL, np.uint8)
     times: dict[tuple[str, tuple[int, ...], int], list[float]] = {}
     estimates: dict[tuple[str, tuple[int, ...]], float] = {}
     started_s = time.perf_counter()
@@ -372,16 +388,23 @@ def _matrix_bytes() -> int:
     return min(max(MATRIX_BYTES, cache_bytes * 3 // 2), MAX_MATRIX_BYTES)
 
 
-def _measure_attention(kernels: str, num_threads: int) -> float:
-    num_heads, head_dim, num_positions = 16, 128, 512
-    buffer = np.full(2 * 2 * num_heads * head_dim * num_positions, FILL, np.uint8)
-    seconds = _call(
-        lambda out: load_library().probe_attention(
-            *(kernels.encode(), num_threads, num_heads, head_dim, num_positions),
-            *(buffer.ctypes.data, buffer.nbytes, ROUNDS, out),
+def _measure_attention(
+    kernels: str, num_threads: int, buffer: NDArray[np.uint8]
+) -> tuple[float, float]:
+    """Return the seconds per value of attention to keys in a cache, and what memory adds."""
+    head_dim, times = 128, []
+    for num_heads, num_bytes in ((4 * num_threads, KV_BYTES * num_threads), (64, buffer.nbytes)):
+        num_positions = num_bytes // (4 * head_dim * num_heads) // 16 * 16
+        seconds = _call(
+            functools.partial(
+                load_library().probe_attention,
+                *(kernels.encode(), num_threads, num_heads, head_dim, num_positions),
+                *(buffer.ctypes.data, buffer.nbytes, ROUNDS),
+            )
         )
-    )
-    return statistics.median(seconds) / (num_heads * head_dim * num_positions)
+        times.append(statistics.median(seconds) / (num_heads * head_dim * num_positions))
+    cached, cold = times
+    return cached, max(cold - cached, 0.0)
 
 
 def _measure_rows(kernels: str, row_op: int) -> float:

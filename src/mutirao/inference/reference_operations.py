@@ -39,7 +39,9 @@ def quantize_activations(x_TI: Tensor) -> tuple[Tensor, Tensor]:
         raise ShapeError(f"{x_TI.shape[-1]} columns (expected a multiple of {BLOCK_COLUMNS})")
     blocks = split(x_TI, x_TI.shape[-1] // BLOCK_COLUMNS)
     largest = blocks.abs().amax(-1, keepdim=True)
-    inverse = torch.where(largest > SMALLEST_BLOCK, LARGEST_CODE / largest, 0.0)
+    # Divided by a number, PyTorch would multiply by the reciprocal, which rounds twice.
+    inverse = torch.full_like(largest, LARGEST_CODE) / largest
+    inverse = torch.where(largest > SMALLEST_BLOCK, inverse, 0.0)
     codes = (blocks * inverse).round().to(torch.int8).flatten(-2)
     return codes, (largest / LARGEST_CODE).squeeze(-1)
 

@@ -162,7 +162,7 @@ def find_key(path: Path | None = None) -> tuple[str, bool]:
             return _checked_key(path.read_text(encoding="utf-8").strip(), str(path)), False
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"the API key cannot be read from {path}: {error}") from None
-    if (given := os.environ.get(KEY_VARIABLE)) is not None:
+    if given := os.environ.get(KEY_VARIABLE):
         return _checked_key(given.strip(), KEY_VARIABLE), False
     return secrets.token_urlsafe(32), True
 

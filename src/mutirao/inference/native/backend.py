@@ -76,6 +76,8 @@ class Placement:
     num_readers: int = 8
     direct: bool = True
     """Read past the page cache."""
+    queued: bool = False
+    """Read by io_uring where the kernel allows it, else by ``num_readers`` threads."""
     max_tokens: int = 256
     """Most tokens in one pass: prompts are taken in chunks of so many."""
     max_logit_rows: int = 1
@@ -128,6 +130,7 @@ class NativeBackend:
             placement.num_threads,
             placement.num_readers,
             int(placement.direct),
+            int(placement.queued),
             placement.max_tokens,
             spec.num_layers,
             spec.num_kv_heads,
@@ -271,6 +274,11 @@ class NativeBackend:
     def kernels(self) -> str:
         """The kernels in use, such as 'avx512'."""
         return str(self._library.engine_kernels(self._open_handle()).decode())
+
+    @property
+    def is_queued(self) -> bool:
+        """Whether weights are read by io_uring."""
+        return bool(self._library.engine_is_queued(self._handle))
 
     @property
     def bytes_read(self) -> int:

@@ -19,6 +19,7 @@ COMMON_FLAGS = ("-std=c11", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off",
 SOURCES: dict[str, tuple[str, ...]] = {
     "engine.c": ("-O2",),
     "stream.c": ("-O2",),
+    "uring.c": ("-O2",),
     "pool.c": ("-O2",),
     "weights.c": ("-O3",),
     "probe.c": ("-O2",),

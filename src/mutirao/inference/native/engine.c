@@ -45,7 +45,7 @@ typedef struct {
 } vector;
 
 typedef struct {
-    int32_t num_threads, num_readers, direct, max_tokens, num_layers, num_kv_heads, head_dim, max_positions;
+    int32_t num_threads, num_readers, direct, queued, max_tokens, num_layers, num_kv_heads, head_dim, max_positions;
     int64_t ring_bytes, piece_bytes;
 } settings;
 
@@ -344,7 +344,7 @@ EXPORT int engine_load(engine *e) {
     if (e->num_pieces) {
         for (int i = 0; i < e->num_pieces; i++)
             if (e->pieces[i].num_bytes > e->set.ring_bytes) return fail(e, "the read-ahead is smaller than one piece"), -1;
-        e->reader = stream_create(e->path, e->set.direct, e->set.num_readers, e->set.ring_bytes, e->pieces,
+        e->reader = stream_create(e->path, e->set.direct, e->set.queued, e->set.num_readers, e->set.ring_bytes, e->pieces,
                                   e->num_pieces, e->tensors, e->checksums, e->error);
         if (!e->reader) return -1;
     }
@@ -359,6 +359,7 @@ EXPORT void engine_cancel(engine *e) { fail(e, "it was cancelled"); }
 EXPORT int64_t engine_bytes_loaded(const engine *e) { return __atomic_load_n(&e->num_loaded, __ATOMIC_RELAXED); }
 EXPORT int64_t engine_bytes_read(const engine *e) { return (e->reader ? stream_bytes_read(e->reader) : 0) + e->row_bytes_read; }
 EXPORT double engine_wait_s(const engine *e) { return e->reader ? stream_wait_s(e->reader) : 0; }
+EXPORT int engine_is_queued(const engine *e) { return e->reader ? stream_is_queued(e->reader) : 0; }
 EXPORT double engine_op_s(const engine *e, int kind) { return e->op_s[kind]; }
 EXPORT int engine_num_pieces(const engine *e) { return e->num_pieces; }
 /* Let drafts read only the first planes of a tensor that is streamed whole; 0 undoes it. */

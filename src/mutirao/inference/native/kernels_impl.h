@@ -402,7 +402,7 @@ static void activate(const float *in, const float *gate, float *out, int functio
             for (int k = 0; k < 16; k++) a[k] = 0.5f * a[k] * (1.0f + erff(a[k] * 0.70710678f));
             y = vf_load(a);
         } else {
-            y = vf_max(x, vf_zero());
+            y = vf_max(vf_zero(), x); /* in this order NaN stays NaN */
         }
         if (gate) y = vf_mul(y, load_some(gate + i, num));
         store_some(out + i, y, num);

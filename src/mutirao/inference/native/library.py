@@ -101,8 +101,8 @@ class Settings(ctypes.Structure):
     """What an engine is made for; mirrors engine.c."""
 
     _fields_ = (
-        *((n, ctypes.c_int32) for n in ("num_threads", "num_readers", "direct", "max_tokens")),
-        *((n, ctypes.c_int32) for n in ("num_layers", "num_kv_heads", "head_dim")),
+        *((n, ctypes.c_int32) for n in ("num_threads", "num_readers", "direct", "queued")),
+        *((n, ctypes.c_int32) for n in ("max_tokens", "num_layers", "num_kv_heads", "head_dim")),
         ("max_positions", ctypes.c_int32),
         ("ring_bytes", ctypes.c_int64),
         ("piece_bytes", ctypes.c_int64),
@@ -128,6 +128,7 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
         "engine_cancel": (None, [pointer]),
         "engine_bytes_loaded": (ctypes.c_int64, [pointer]),
         "engine_bytes_read": (ctypes.c_int64, [pointer]),
+        "engine_is_queued": (number, [pointer]),
         "engine_wait_s": (ctypes.c_double, [pointer]),
         "engine_op_s": (ctypes.c_double, [pointer, number]),
         "engine_num_pieces": (number, [pointer]),

@@ -11,6 +11,8 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "uring.h"
+
 enum { MAX_READERS = 64, MAX_ENTRIES = 256 };
 
 typedef struct {
@@ -19,7 +21,8 @@ typedef struct {
 } entry;
 
 struct stream {
-    int file, num_readers, num_pieces, stopping, seeking, failed;
+    int file, num_readers, depth, num_pieces, stopping, seeking, failed;
+    uring *queue; /* or null: threads read */
     piece *pieces;
     const tensor *tensors;
     const uint64_t *checksums;
@@ -111,6 +114,42 @@ static void fail(stream *s, const char *what, int code) {
     pthread_cond_broadcast(&s->room);
 }
 
+/* One read under way. */
+typedef struct {
+    entry *e;
+    piece *p;
+    int read, verify;
+    uint8_t *to; /* where the file's page goes; the wanted bytes begin `skipped` later */
+    int64_t skipped;
+} job;
+
+static job begin_read(stream *s, entry *e) {
+    piece *p = &s->pieces[e->piece];
+    const int read = e->next_read++;
+    const int64_t skipped = p->reads[read].at % PAGE_BYTES;
+    return (job){e, p, read, !p->verified, s->ring + e->at + p->reads[read].at - skipped, skipped};
+}
+
+static int is_altered(const stream *s, const job *j) {
+    return j->verify && !slabs_match(&s->tensors[j->p->tensor], j->p->reads[j->read].which, j->p->begin, j->p->end,
+                                     j->to + j->skipped, s->checksums);
+}
+
+/* With the lock held. */
+static void end_read(stream *s, const job *j, int wrong, int altered) {
+    if (wrong) fail(s, "the weight store cannot be read", wrong);
+    if (altered) fail(s, "the weight store is damaged: a checksum does not match", 0);
+    s->bytes_read += j->p->reads[j->read].length;
+    if (--j->e->reads_left == 0) {
+        if (!j->e->dropped) j->p->verified = 1;
+        pthread_cond_broadcast(&s->ready);
+    }
+}
+
+static int read_now(stream *s, const job *j) {
+    return read_range(s->file, j->to, j->p->reads[j->read].length, j->p->reads[j->read].offset) ? errno : 0;
+}
+
 static void *read_ahead(void *given) {
     stream *s = given;
     pthread_mutex_lock(&s->lock);
@@ -120,22 +159,51 @@ static void *read_ahead(void *given) {
             pthread_cond_wait(&s->room, &s->lock);
             continue;
         }
-        piece *p = &s->pieces[e->piece];
-        const int i = e->next_read++, which = p->reads[i].which, verify = !p->verified;
-        const tensor *t = &s->tensors[p->tensor];
-        uint8_t *wanted = s->ring + e->at + p->reads[i].at;
+        const job j = begin_read(s, e);
         pthread_mutex_unlock(&s->lock);
-        const int64_t skipped = p->reads[i].at % PAGE_BYTES;
-        const int wrong = read_range(s->file, wanted - skipped, p->reads[i].length, p->reads[i].offset) ? errno : 0;
-        const int altered = !wrong && verify && !slabs_match(t, which, p->begin, p->end, wanted, s->checksums);
+        const int wrong = read_now(s, &j), altered = !wrong && is_altered(s, &j);
         pthread_mutex_lock(&s->lock);
-        if (wrong) fail(s, "the weight store cannot be read", wrong);
-        if (altered) fail(s, "the weight store is damaged: a checksum does not match", 0);
-        s->bytes_read += p->reads[i].length;
-        if (--e->reads_left == 0) {
-            if (!e->dropped) p->verified = 1;
-            pthread_cond_broadcast(&s->ready);
+        end_read(s, &j, wrong, altered);
+    }
+    pthread_mutex_unlock(&s->lock);
+    return NULL;
+}
+
+/* The same by one thread, with many reads under way in the kernel. */
+static void *read_ahead_queued(void *given) {
+    stream *s = given;
+    job jobs[MAX_READERS];
+    int is_free[MAX_READERS], under_way = 0;
+    for (int i = 0; i < MAX_READERS; i++) is_free[i] = 1;
+    pthread_mutex_lock(&s->lock);
+    while (!s->stopping || under_way) {
+        entry *e;
+        while (!s->failed && !s->stopping && under_way < s->depth && (e = find_unread(s))) {
+            int slot = 0;
+            while (!is_free[slot]) slot++;
+            const job j = jobs[slot] = begin_read(s, e);
+            is_free[slot] = 0, under_way++;
+            uring_read(s->queue, s->file, j.to, (uint32_t)j.p->reads[j.read].length, j.p->reads[j.read].offset, (uint64_t)slot);
         }
+        if (!under_way) {
+            pthread_cond_wait(&s->room, &s->lock);
+            continue;
+        }
+        pthread_mutex_unlock(&s->lock);
+        uint64_t slot = 0;
+        int result = 0;
+        if (!uring_wait(s->queue, &slot, &result)) { /* the buffers stay the kernel's */
+            pthread_mutex_lock(&s->lock);
+            fail(s, "the queue of reads broke down", errno);
+            break;
+        }
+        const job j = jobs[slot];
+        int wrong = result < 0 ? -result : 0;
+        if (!wrong && result != j.p->reads[j.read].length) wrong = read_now(s, &j);
+        const int altered = !wrong && is_altered(s, &j);
+        is_free[slot] = 1, under_way--;
+        pthread_mutex_lock(&s->lock);
+        end_read(s, &j, wrong, altered);
     }
     pthread_mutex_unlock(&s->lock);
     return NULL;
@@ -185,7 +253,7 @@ const char *stream_error(const stream *s) { return s->error; }
 int64_t stream_bytes_read(const stream *s) { return s->bytes_read; }
 double stream_wait_s(const stream *s) { return s->wait_s; }
 
-stream *stream_create(const char *path, int direct, int num_readers, int64_t ring_bytes, piece *pieces,
+stream *stream_create(const char *path, int direct, int queued, int num_readers, int64_t ring_bytes, piece *pieces,
                       int num_pieces, const tensor *tensors, const uint64_t *checksums, char *error) {
     stream *s = calloc(1, sizeof *s);
     if (!s || num_readers < 1 || num_readers > MAX_READERS) {
@@ -208,8 +276,10 @@ stream *stream_create(const char *path, int direct, int num_readers, int64_t rin
     pthread_mutex_init(&s->lock, NULL);
     pthread_cond_init(&s->room, NULL);
     pthread_cond_init(&s->ready, NULL);
-    for (int i = 0; i < num_readers; i++) {
-        if (pthread_create(&s->readers[i], NULL, read_ahead, s)) {
+    s->depth = num_readers;
+    s->queue = queued ? uring_create(num_readers) : NULL;
+    for (int i = 0; i < (s->queue ? 1 : num_readers); i++) {
+        if (pthread_create(&s->readers[i], NULL, s->queue ? read_ahead_queued : read_ahead, s)) {
             snprintf(error, 200, "no thread could be made for reading ahead");
             stream_destroy(s);
             return NULL;
@@ -226,7 +296,10 @@ void stream_destroy(stream *s) {
     pthread_cond_broadcast(&s->room);
     pthread_mutex_unlock(&s->lock);
     for (int i = 0; i < s->num_readers; i++) pthread_join(s->readers[i], NULL);
+    uring_destroy(s->queue);
     close(s->file);
     munmap(s->ring, (size_t)s->ring_bytes);
     free(s);
 }
+
+int stream_is_queued(const stream *s) { return s->queue != NULL; }

@@ -20,9 +20,10 @@ typedef struct {
 
 typedef struct stream stream;
 
-/* Read `pieces` of `tensors` from the file, into a ring of `ring_bytes`, with so many threads.
+/* Read `pieces` of `tensors` from the file, into a ring of `ring_bytes`, with so many reads under
+ * way: by as many threads, or, queued, by io_uring where it is allowed.
  * Null, and a sentence in `error` (200 bytes), when that cannot be. */
-stream *stream_create(const char *path, int direct, int num_readers, int64_t ring_bytes, piece *pieces,
+stream *stream_create(const char *path, int direct, int queued, int num_readers, int64_t ring_bytes, piece *pieces,
                       int num_pieces, const tensor *tensors, const uint64_t *checksums, char *error);
 void stream_destroy(stream *s);
 /* Wait for a piece and return its place in the ring; null after an error, told in stream_error. */
@@ -32,6 +33,7 @@ void stream_release(stream *s);
 const char *stream_error(const stream *s);
 int64_t stream_bytes_read(const stream *s);
 double stream_wait_s(const stream *s);
+int stream_is_queued(const stream *s);
 
 /* Read exactly [offset, offset + length), with or without direct I/O; 0, or -1 with errno. */
 int read_range(int file, uint8_t *to, int64_t length, int64_t offset);
