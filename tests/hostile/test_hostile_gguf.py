@@ -7,9 +7,12 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from mutirao.errors import FormatError
 from mutirao.formats.gguf import check_gguf
+from mutirao.formats.gguf_header import GGUFHeader, read_gguf_header
 
 NUM_MUTATIONS = 2000
 LIMIT_S = 2.0
@@ -53,7 +56,31 @@ def is_accepted(path: Path, data: bytes) -> bool:
         assert len(message) < len(str(path)) + 500
         return False
     assert 0 < summary.num_parameters <= 8 * summary.size_bytes
+    check_header(path)
     return True
+
+
+def check_header(path: Path) -> None:
+    """What the reader with all values says of a file must hold, or the file be refused."""
+    begin = time.perf_counter()
+    try:
+        header = read_gguf_header(path)
+    except FormatError as error:
+        header, message = None, str(error)
+    assert time.perf_counter() - begin < LIMIT_S
+    if header is None:
+        assert str(path) in message  # a value that the check steps over is damaged
+    else:
+        check_places(header, path.stat().st_size)
+
+
+def check_places(header: GGUFHeader, size_bytes: int) -> None:
+    end = 0
+    for tensor in sorted(header.tensors.values(), key=lambda each: each.offset):
+        assert end <= tensor.offset < tensor.offset + tensor.num_bytes <= size_bytes
+        end = tensor.offset + tensor.num_bytes
+        assert 1 <= len(tensor.shape) <= 4
+    assert all(isinstance(key, str) for key in header.metadata)
 
 
 def test_every_truncation(valid: bytes, tmp_path: Path) -> None:
@@ -106,4 +133,37 @@ def test_a_file_of_empty_strings_is_refused_in_time(tmp_path: Path) -> None:
     begin = time.perf_counter()
     with pytest.raises(FormatError, match="strings"):
         check_gguf(path)
+    assert time.perf_counter() - begin < 30
+
+
+@settings(
+    max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(st.data())
+def test_fields_that_lie(valid: bytes, tmp_path: Path, data: st.DataObject) -> None:
+    """Numbers of the header replaced by others that might hurt: counts, lengths, offsets."""
+    content = bytearray(valid)
+    for _ in range(data.draw(st.integers(1, 3))):
+        width = data.draw(st.sampled_from((1, 4, 8)))
+        place = data.draw(st.integers(4, len(content) - 700))
+        extremes = st.sampled_from((0, 1, 2**31, 2**32 - 1, 2**63, 2**64 - 1, len(content)))
+        value = data.draw(st.one_of(extremes, st.integers(0, 2**64 - 1)))
+        content[place : place + width] = (value % 256**width).to_bytes(width, "little")
+    is_accepted(tmp_path / "x.gguf", bytes(content))
+
+
+@pytest.mark.parametrize("kind", [0, 10, 12, 8])
+def test_a_file_of_one_huge_array_is_refused_in_time(tmp_path: Path, kind: int) -> None:
+    """An array of as many values as the file has room for, of each width."""
+    key = (1).to_bytes(8, "little") + b"k" + (9).to_bytes(4, "little")
+    head = b"GGUF" + (3).to_bytes(4, "little") + (1).to_bytes(8, "little") * 2
+    width = {0: 1, 10: 8, 12: 8, 8: 8}[kind]
+    path = tmp_path / "x.gguf"
+    with path.open("wb") as file:
+        file.write(head + key + kind.to_bytes(4, "little"))
+        file.write((8_000_000).to_bytes(8, "little"))
+        file.truncate(file.tell() + 8_000_000 * width)
+    begin = time.perf_counter()
+    with pytest.raises(FormatError, match=r"strings|numbers"):
+        read_gguf_header(path)
     assert time.perf_counter() - begin < 30

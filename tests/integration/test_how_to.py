@@ -43,4 +43,5 @@ def test_commands_run_as_printed(page, tmp_path, tiny_model_directory):
         )
         assert result.returncode == 0, f"{block}\n{result.stdout}\n{result.stderr}"
         assert "Traceback" not in result.stderr
-    assert (tmp_path / "run" / "report.html").stat().st_size > 10_000
+    if page.stem == "own-folders":
+        assert (tmp_path / "run" / "report.html").stat().st_size > 10_000
