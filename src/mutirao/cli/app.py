@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from mutirao import __version__
-from mutirao.cli import demo, doctor, init, report, run, schema, serve
+from mutirao.cli import demo, doctor, init, plan, report, run, schema, serve
 
 app = typer.Typer(
     name="mutirao",
@@ -40,6 +40,7 @@ app.command("doctor")(doctor.doctor)
 app.command("schema")(schema.schema)
 app.command("init")(init.init)
 app.command("report")(report.report)
+app.command("plan")(plan.plan)
 app.command("run")(run.run)
 app.command("chat")(run.chat)
 app.command("serve")(serve.serve)

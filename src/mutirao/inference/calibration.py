@@ -43,6 +43,8 @@ FULL_EVERY = 4
 NOISE_EVERY = 4
 NOISE = 0.02
 """Relative size of the noise that tells a layer's weight: about that of one dropped plane."""
+SMALLEST_WEIGHT = 1e-9
+"""Of a depth, in nats: below it is rounding."""
 FRACTIONS = (0.95, 0.85, 0.75, 0.65, 0.55)
 """Parts of the weights for which whole drafts are compared with the model."""
 TEXT = """\
@@ -109,6 +111,10 @@ class Calibration:
                 for name, by_planes in read["losses"].items()
             }
             agreement = [(float(loss), float(share)) for loss, share in read["agreement"]]
+            numbers = [loss for by_planes in losses.values() for loss in by_planes.values()]
+            numbers += [number for pair in agreement for number in pair]
+            if not all(math.isfinite(number) and number >= 0 for number in numbers):
+                raise ValueError("a number in it is negative or none")
             return cls(losses, agreement, int(read["num_tokens"]))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ArtifactError(
@@ -277,11 +283,15 @@ class _Calibrator:
         return float(squares[NUM_SKIPPED:].mean())
 
     def _noise_weights(self) -> list[float]:
-        """KL divergence per relative squared error of what enters each layer, and the head."""
+        """KL divergence per relative squared error of what enters each layer, and the head.
+
+        Measured at some depths; between them its logarithm is taken to change evenly. What
+        enters the first layer is left out: no matrix makes it, and it may count for much more.
+        """
         rng = np.random.default_rng(0)
         measured: dict[int, float] = {}
-        depths = range(0, len(self.entries), NOISE_EVERY)
-        for depth in depths:
+        last = len(self.entries) - 1
+        for depth in sorted({*range(1, last, NOISE_EVERY), last}):
             entry = self.entries[depth]
             noise = rng.standard_normal(entry.shape, np.float32)
             noise *= (
@@ -289,10 +299,10 @@ class _Calibrator:
             )
             self.backend.buffer("hidden")[: len(self.tokens)] = entry + noise
             self._run(self.starts[depth], self.starts[-1])
-            measured[depth] = self._divergence() / NOISE**2
-        known = sorted(measured)
-        values = np.interp(range(len(self.entries)), known, [measured[depth] for depth in known])
-        return [float(value) for value in values]
+            measured[depth] = max(self._divergence() / NOISE**2, SMALLEST_WEIGHT)
+        logarithms = np.log(list(measured.values()))
+        values = np.interp(range(len(self.entries)), list(measured), logarithms)
+        return [math.exp(value) for value in values]
 
     def _divergence(self, mode: Mode = "full") -> float:
         """KL divergence of the head's answers from the model's, in nats per token."""

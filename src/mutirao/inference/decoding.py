@@ -15,6 +15,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from mutirao.errors import InferenceError
 from mutirao.inference.native.backend import Mode, Wanted
 from mutirao.inference.sampling import (
     Probabilities,
@@ -131,7 +132,7 @@ class Decoder:
         rng = sampling.randomness()
         common = _common_length(self.cached, prompt[:-1])
         self.cached = list(prompt[:common])
-        row = self.backend.run(prompt[common:], common)[-1]
+        row = _numbers(self.backend.run(prompt[common:], common))[-1]
         self.cached += prompt[common:]
         tokens, lookup = list(prompt), PromptLookup()
         new = [greedy(row) if sampling.is_greedy else draw(probabilities(row, sampling), rng)]
@@ -187,6 +188,8 @@ class Decoder:
         ):
             begin = time.perf_counter()
             row = self.backend.run([token], position + len(drafted.tokens), mode="draft")[0]
+            if not np.isfinite(row.max()):
+                break  # where the model's own are no better, the check says so
             if sampling.is_greedy:
                 token, probs = greedy(row), None
                 top = 1.0 / float(np.exp(row - row[token]).sum())
@@ -213,7 +216,7 @@ class Decoder:
         """Run the last token and those drafted; return between one and all of them plus one."""
         position = len(tokens) - 1
         begin = time.perf_counter()
-        rows = self.backend.run([tokens[-1], *drafted.tokens], position, logits="all")
+        rows = _numbers(self.backend.run([tokens[-1], *drafted.tokens], position, logits="all"))
         if sampling.is_greedy:
             new = verify_greedy(drafted.tokens, rows)
         else:
@@ -231,6 +234,20 @@ class Decoder:
         counts.num_kept += num_kept
         counts.check_s += seconds
         return new
+
+
+def _numbers(rows: Floats) -> Floats:
+    """Return logits as they are, or refuse what no token can be chosen from.
+
+    Raises:
+        InferenceError: they are not numbers.
+    """
+    if not np.isfinite(rows.max()):
+        raise InferenceError(
+            "the model's logits are not numbers; its weights are damaged, or too large to compute "
+            "with: download or convert the model again"
+        )
+    return rows
 
 
 def _common_length(a: Sequence[int], b: Sequence[int]) -> int:

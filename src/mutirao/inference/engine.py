@@ -10,6 +10,7 @@ neither PyTorch nor transformers, except where there is no native kernel.
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import os
 import resource
@@ -22,11 +23,20 @@ from typing import Any, Literal
 from mutirao.errors import InputError, MissingKernelError
 from mutirao.inference.calibration import TEXT, Calibration, calibrate
 from mutirao.inference.conversation import Generation, Message
-from mutirao.inference.cost_model import predict, predict_best_draft
 from mutirao.inference.decoding import Backend, Counts, Decoder
 from mutirao.inference.native.backend import NOTHING, NativeBackend, Placement
 from mutirao.inference.native.library import load_library
-from mutirao.inference.placement import Choice, multiplied, only_looked_up, pin, split
+from mutirao.inference.placement import Choice, multiplied, only_looked_up
+from mutirao.inference.planner import (
+    ALL_RESIDENT,
+    LOOKUP_ROWS,
+    PINNED,
+    PREFILL_TOKENS,
+    SPECULATION,
+    Plan,
+    Plans,
+    make_plans,
+)
 from mutirao.inference.probe import probe
 from mutirao.inference.program import compile_program
 from mutirao.inference.sampling import Sampling
@@ -39,14 +49,9 @@ from mutirao.inference.weight_store import WeightStore
 Speculation = Literal["auto", "on", "off"]
 
 DEFAULT_CONTEXT = 2048
-MAX_DRAFT = 15
-PREFILL_TOKENS = 128
 CALIBRATION_TOKENS = 104
-RING_BYTES = 16 << 20
-PIECE_BYTES = 1 << 20
-SLACK_BYTES = 20 << 20
+SLACK_BYTES = 14 << 20
 """Left for what Python and the C library need while generating (measured: 6 to 12 MB)."""
-MIN_STREAMED_BYTES = 1 << 20
 
 
 @dataclass
@@ -381,79 +386,59 @@ def _plan(
     direct: bool,
 ) -> _Opened:
     """Decide what is resident within the memory, and whether to draft."""
-    program = compile_program(store.spec)
-    matrices = multiplied(program, store.tensors)
-    lookups = only_looked_up(program, store.tensors)
-    total = sum(each.num_bytes for each in matrices)
-    nothing = {each.name: NOTHING for each in lookups}
-    rows = 1 if speculation == "off" else MAX_DRAFT + 1
-    needs = _needs(store, context, rows)
-    if memory is None or memory - sum(needs.values()) >= total:
-        rows = 1 if speculation != "on" else rows
-        placement = _placement(nothing, threads, context, rows, direct)
-        return _Opened(Choice(nothing, total, 0), placement, False, "all resident", memory=needs)
-    budget = memory - sum(needs.values()) - RING_BYTES
-    needs["read_ahead"] = RING_BYTES
-    if budget < 0:
-        least = (memory - budget + 999_999) // 1_000_000
-        raise InputError(
-            f"memory={memory / 1e6:.0f} MB is too small for {store.directory.name} with a context "
-            f"of {context} tokens: at least {least} MB; or lower --context"
-        )
-    machine = probe(store.directory, threads)
-    options = [(pin(matrices, lookups, budget), False)]
-    if speculation != "off":
+    if memory is None:
+        return _all_resident(store, threads, context, speculation, direct)
+    calibration = None
+    process_bytes = resident_memory_bytes() + SLACK_BYTES
+    model = (probe(store.directory, threads), store.spec, store.tensors, memory)
+    looks_up = speculation != "off"
+    settings: dict[str, Any] = {"context": context, "looks_up": looks_up}
+    plans = make_plans(*model, process_bytes=process_bytes, **settings)
+    if looks_up and any(plan.name == SPECULATION for plan in plans.plans):
         calibration = _calibration(store, tokenizer, threads, direct)
-        drafting = split(matrices, lookups, budget, calibration.losses)
-        if drafting is not None:
-            options = [*options, (drafting, True)] if speculation == "auto" else [(drafting, True)]
-    predicted: list[tuple[float, Choice, bool]] = []
-    for choice, has_draft in options:
-        placement = _placement(choice.resident, threads, context, rows, direct)
-        model = (machine, store.spec, store.tensors, placement)
-        if has_draft:
-            acceptance = calibration.expected_agreement(choice.loss)
-            expected = predict_best_draft(*model, acceptance)
-        else:
-            expected = predict(*model)
-        predicted.append((expected.tokens_per_s, choice, has_draft))
-    speed, choice, has_draft = max(predicted, key=lambda each: each[0])
-    placement = _placement(choice.resident, threads, context, rows, direct)
-    words = "drafts by the resident planes" if has_draft else "pins and streams"
-    plan = (
-        f"{words}: {choice.resident_bytes / 1e6:.0f} MB resident, "
-        f"{choice.streamed_bytes / 1e6:.0f} MB streamed per pass"
+        process_bytes = resident_memory_bytes() + SLACK_BYTES
+        plans = make_plans(*model, process_bytes=process_bytes, calibration=calibration, **settings)
+    plan = _wanted(plans, speculation)
+    placement = dataclasses.replace(plan.placement, direct=direct and plan.placement.direct)
+    words = f"{plan.name}: {plan.choice.resident_bytes / 1e6:.0f} MB of weights resident"
+    if plan.choice.streamed_bytes:
+        words += f", {plan.choice.streamed_bytes / 1e6:.0f} MB streamed per pass"
+    return _Opened(
+        plan.choice,
+        placement,
+        plan.name == SPECULATION,
+        words,
+        plan.prediction.tokens_per_s,
+        dataclasses.asdict(plan.memory),
     )
-    return _Opened(choice, placement, has_draft, plan, speed, memory=needs)
 
 
-def _placement(
-    resident: dict[str, int], threads: int, context: int, rows: int, direct: bool
-) -> Placement:
-    return Placement(
+def _wanted(plans: Plans, speculation: Speculation) -> Plan:
+    """Return the fastest plan that fits and that the setting allows."""
+    fitting = [plan for plan in plans.plans if plan.fits]
+    if speculation == "off":
+        fitting = [plan for plan in fitting if plan.name != SPECULATION]
+    elif speculation == "on":
+        fitting = [plan for plan in fitting if plan.name != PINNED] or fitting
+    return max(fitting, key=lambda plan: plan.prediction.tokens_per_s)
+
+
+def _all_resident(
+    store: WeightStore, threads: int, context: int, speculation: Speculation, direct: bool
+) -> _Opened:
+    """Keep all weights in memory, whatever that takes."""
+    program = compile_program(store.spec)
+    resident = {each.name: NOTHING for each in only_looked_up(program, store.tensors)}
+    total = sum(each.num_bytes for each in multiplied(program, store.tensors))
+    placement = Placement(
         resident,
         num_threads=threads,
         direct=direct,
         max_tokens=min(PREFILL_TOKENS, context),
-        max_logit_rows=rows,
+        max_logit_rows=1 if speculation == "off" else LOOKUP_ROWS,
         context=context,
-        ring_bytes=RING_BYTES,
-        piece_bytes=PIECE_BYTES,
     )
-
-
-def _needs(store: WeightStore, context: int, rows: int) -> dict[str, int]:
-    """Return what the process needs besides weights, in bytes, by what it is for."""
-    spec = store.spec
-    program = compile_program(spec)
-    activations = sum(program.buffers.values()) - spec.vocab_size
-    head_dim = (spec.head_dim + 15) // 16 * 16
-    return {
-        "process": resident_memory_bytes() + SLACK_BYTES,
-        "kv_cache": (context + 16) * spec.num_layers * spec.num_kv_heads * head_dim * 4,
-        "activations": min(PREFILL_TOKENS, context) * activations * 5,
-        "logits": rows * spec.vocab_size * 4,
-    }
+    return _Opened(Choice(resident, total, 0), placement, False, ALL_RESIDENT)
 
 
 def _calibration(

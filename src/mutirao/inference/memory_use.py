@@ -6,7 +6,7 @@ Follows what native/engine.c and native/stream.c allocate.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
 from mutirao.inference.model_spec import ModelSpec, vector_shapes
@@ -79,19 +79,44 @@ def memory_needed(
     weights = sum(
         resident_bytes(each, resident_planes(each, placement)) for each in tensors.values()
     )
-    threads = placement.num_threads + placement.num_readers
-    ring = placement.ring_bytes if is_streaming(tensors, spec, placement) else 0
-    loaders = min(placement.num_readers, MAX_LOADERS)
-    staging = loaders * max(map(_slab_bytes, tensors.values()))
+    streams = is_streaming(tensors, spec, placement)
+    besides = memory_besides_weights(
+        spec, tensors, placement, streams=streams, process_bytes=process_bytes
+    )
+    return replace(besides, weights=weights + (HUGE_PAGE_BYTES if weights else 0))
+
+
+def memory_besides_weights(
+    spec: ModelSpec,
+    tensors: Mapping[str, StoredTensor],
+    placement: Placement,
+    *,
+    streams: bool = True,
+    process_bytes: int = PROCESS_BYTES,
+) -> MemoryUse:
+    """Return what running a model takes before any weight is resident.
+
+    What a budget leaves above it, less HUGE_PAGE_BYTES, is for weights.
+
+    Args:
+        spec: the model.
+        tensors: its matrices, by store name.
+        placement: the sizes of buffers; what is resident does not matter.
+        streams: whether there is a ring.
+        process_bytes: what the process takes besides; measured by default.
+    """
+    num_threads = placement.num_threads + placement.num_readers
+    staging = min(placement.num_readers, MAX_LOADERS) * max(map(_slab_bytes, tensors.values()))
     kv_cache = kv_cache_bytes(spec, placement.context)
     return MemoryUse(
-        weights=weights + (HUGE_PAGE_BYTES if weights else 0),
+        weights=0,
         kv_cache=kv_cache,
         activations=_activation_bytes(spec, tensors, placement),
         logits=2 * 4 * placement.max_logit_rows * spec.vocab_size,
         vectors=_vector_bytes(spec, tensors),
-        reading=max(ring, staging - kv_cache),
-        process=process_bytes + threads * STACK_BYTES,
+        # While weights are loaded there are neither keys and values nor logits yet.
+        reading=max(placement.ring_bytes if streams else 0, staging - kv_cache),
+        process=process_bytes + num_threads * STACK_BYTES,
     )
 
 

@@ -194,7 +194,9 @@ class PassCosts:
         if op.window is not None:
             keys = min(keys, op.window)
         attended_s = rows * op.num_heads * op.head_dim * keys * self.machine.attention_s_per_value
-        brought_s = op.num_kv_heads * op.head_dim * keys * self.machine.cache_s_per_value
+        # Threads that share a key/value head wait for the same bytes at the same time.
+        sharing = min(self.machine.num_threads, op.num_heads // op.num_kv_heads)
+        brought_s = op.num_kv_heads * op.head_dim * keys * self.machine.cache_s_per_value * sharing
         return Step(attended_s + brought_s + 2 * self.machine.loop_s)
 
     def _row_op(self, op: Op, rows: int) -> Step:

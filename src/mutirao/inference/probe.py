@@ -117,9 +117,8 @@ def measure(directory: Path, num_threads: int) -> Machine:
     with _file_to_read(directory) as path:
         direct = _has_direct(path)
         reads, read_cpu_s_per_byte = _measure_disk(path, direct)
-    buffer = np.full(_matrix_bytes(), FILL, np.uint8)
-    products = _measure_products(kernels, num_threads, buffer)
-    attention_s, cache_s = _measure_attention(kernels, num_threads, buffer)
+    products = _measure_products(kernels, num_threads)
+    attention_s, cache_s = _measure_attention(kernels, num_threads)
     rows = [_measure_rows(kernels, row_op) for row_op in range(3)]
     return Machine(
         host=platform.node(),
@@ -259,7 +258,7 @@ def _measure_disk(path: Path, direct: bool) -> tuple[tuple[DiskSpeed, ...], floa
 
 
 def _buffers() -> list[memoryview]:
-    """Return aligned memory for each reader, already there: the first touch of a page costs time."""
+    """Return aligned memory for each reader, touched: the first touch of a page costs time."""
     buffers = [memoryview(mmap.mmap(-1, CHUNK_BYTES[-1])) for _ in range(NUM_READERS[-1])]
     for buffer in buffers:
         np.frombuffer(buffer, np.uint8)[:: mmap.PAGESIZE] = 1
@@ -314,14 +313,13 @@ def arrangements(form: Format) -> list[tuple[int, ...]]:
     return list(dict.fromkeys(found))
 
 
-def _measure_products(
-    kernels: str, num_threads: int, buffer: NDArray[np.uint8]
-) -> tuple[ProductSpeed, ...]:
+def _measure_products(kernels: str, num_threads: int) -> tuple[ProductSpeed, ...]:
     cases = [
         (form, widths)
         for form in FORMATS.values()
         for widths in arrangements(form)[: None if form.name in _DRAFTED else 1]
     ]
+    buffer = np.full(_matrix_bytes(), FILL, np.uint8)
     times: dict[tuple[str, tuple[int, ...], int], list[float]] = {}
     estimates: dict[tuple[str, tuple[int, ...]], float] = {}
     started_s = time.perf_counter()
@@ -388,13 +386,19 @@ def _matrix_bytes() -> int:
     return min(max(MATRIX_BYTES, cache_bytes * 3 // 2), MAX_MATRIX_BYTES)
 
 
-def _measure_attention(
-    kernels: str, num_threads: int, buffer: NDArray[np.uint8]
-) -> tuple[float, float]:
-    """Return the seconds per value of attention to keys in a cache, and what memory adds."""
+def _measure_attention(kernels: str, num_threads: int) -> tuple[float, float]:
+    """Return the seconds per value of attention to keys in a cache, and what memory adds.
+
+    As in the engine, keys and values lie in small pages, whose addresses are not at hand either.
+    """
+    num_bytes = _matrix_bytes()
+    memory = mmap.mmap(-1, num_bytes)
+    memory.madvise(mmap.MADV_NOHUGEPAGE)
+    buffer = np.frombuffer(memory, np.uint8)
+    buffer[:] = FILL
     head_dim, times = 128, []
-    for num_heads, num_bytes in ((4 * num_threads, KV_BYTES * num_threads), (64, buffer.nbytes)):
-        num_positions = num_bytes // (4 * head_dim * num_heads) // 16 * 16
+    for num_heads, used_bytes in ((4 * num_threads, KV_BYTES * num_threads), (64, num_bytes)):
+        num_positions = used_bytes // (4 * head_dim * num_heads) // 16 * 16
         seconds = _call(
             functools.partial(
                 load_library().probe_attention,

@@ -29,7 +29,7 @@ from mutirao.sources.forms import (
     is_hub_name,
     parse_source,
 )
-from mutirao.sources.hub import fetch_repository, sha256_of_folder
+from mutirao.sources.hub import fetch_config, fetch_repository, sha256_of_folder
 from mutirao.sources.wheel import fetch_member
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "Source",
     "WheelSource",
     "fetch",
+    "fetch_config",
     "parse_source",
     "sha256_of_folder",
 ]

@@ -42,7 +42,25 @@ def fetch_repository(source: HubSource, offline: bool) -> FetchedSource:
     return FetchedSource(folder, sha256_of_folder(folder), source.text)
 
 
-def _snapshot(source: HubSource, cache: Path) -> Path:
+def fetch_config(source: HubSource) -> Path:
+    """Bring a repository's config.json alone into the cache, some kilobytes, and return its path.
+
+    Raises:
+        SourceError: the repository names nothing, or has no config.json.
+        NetworkError: it is not in the cache, and could not be downloaded.
+    """
+    cache = cache_directory() / "hub"
+    with explain_disk_errors(cache), locked(cache):
+        path = _snapshot(source, cache, ("config.json",)) / "config.json"
+    if not path.is_file():
+        raise SourceError(
+            f"source {source.text} has no config.json (expected a repository with a model for "
+            "transformers); download its GGUF file, and name that"
+        )
+    return path
+
+
+def _snapshot(source: HubSource, cache: Path, patterns: tuple[str, ...] = HUB_FILES) -> Path:
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import (  # type: ignore[attr-defined]
         GatedRepoError,
@@ -63,7 +81,7 @@ def _snapshot(source: HubSource, cache: Path) -> Path:
                 source.repository,
                 revision=source.revision,
                 cache_dir=cache,
-                allow_patterns=list(HUB_FILES),
+                allow_patterns=list(patterns),
             )
         )
     except (

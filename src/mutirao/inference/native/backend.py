@@ -278,7 +278,7 @@ class NativeBackend:
     @property
     def is_queued(self) -> bool:
         """Whether weights are read by io_uring."""
-        return bool(self._library.engine_is_queued(self._handle))
+        return bool(self._library.engine_is_queued(self._open_handle()))
 
     @property
     def bytes_read(self) -> int:

@@ -198,8 +198,8 @@ static void *read_ahead_queued(void *given) {
             break;
         }
         const job j = jobs[slot];
-        int wrong = result < 0 ? -result : 0;
-        if (!wrong && result != j.p->reads[j.read].length) wrong = read_now(s, &j);
+        /* Short, refused or unknown to this kernel: read once more, as the threads do. */
+        const int wrong = result == j.p->reads[j.read].length ? 0 : read_now(s, &j);
         const int altered = !wrong && is_altered(s, &j);
         is_free[slot] = 1, under_way--;
         pthread_mutex_lock(&s->lock);
