@@ -82,10 +82,10 @@ def _print(planned: ModelPlans) -> None:
     output.print(
         f"{format_bytes(planned.memory_bytes)} of memory, context of {planned.context} tokens"
     )
-    output.print(_about(planned.machine), style="dim")
+    output.print(_about(planned.machine), style="dim", markup=False, soft_wrap=True)
     output.print(_table(planned))
     for note in planned.notes():
-        output.print(note)
+        output.print(note, markup=False, soft_wrap=True)
 
 
 def _about(machine: Machine) -> str:
@@ -113,12 +113,21 @@ def _table(planned: ModelPlans) -> Table:
     for quantization, (_, plans) in planned.models.items():
         first = [quantization] if has_several else []
         if plans is None:
-            table.add_row(*first, "does not fit")
+            table.add_row(*first, "none: too large")
             continue
         for each in [plans.best] if has_several else plans.plans:
-            chosen = each is plans.best and not has_several
-            table.add_row(*first, *_cells(each), "← run" if chosen else "")
+            remark = "" if each.fits else "too large"
+            if each is plans.best and not has_several:
+                remark = "← run"
+            table.add_row(*first, *_cells(each), remark)
     return table
+
+
+def _rate(tokens_per_s: float) -> str:
+    """Three digits, however slow."""
+    if tokens_per_s >= 0.1:
+        return f"{tokens_per_s:.{1 if tokens_per_s >= 10 else 2}f}"
+    return f"{tokens_per_s:.2g}"
 
 
 def _cells(plan: Plan) -> list[str]:
@@ -129,8 +138,8 @@ def _cells(plan: Plan) -> list[str]:
         mark = "*" if plan.acceptance_from == "assumption" else ""
         drafts = f"{expected.draft_length} at {100 * expected.acceptance:.0f} %{mark}"
     return [
-        plan.name if plan.fits else f"{plan.name} (does not fit)",
-        f"{expected.tokens_per_s:.3g}",
+        plan.name,
+        _rate(expected.tokens_per_s),
         format_bytes(expected.bytes_per_token),
         format_bytes(plan.memory.total),
         format_duration(expected.time_to_first_token_s),

@@ -31,6 +31,7 @@ PROMPT_TOKENS = 128
 """Of the prompt whose time to first token is predicted, unless told otherwise."""
 MAX_DRAFT = 15
 """Longest draft that is considered: 16 tokens in a pass."""
+ALIKE = 0.999
 WARM_CYCLES = 2
 """Cycles until the ring is as full as it will be; the one after them is timed."""
 
@@ -156,7 +157,7 @@ def expected_tokens(acceptance: float, draft_length: int) -> float:
 def choose_draft_length(
     acceptance: float, cycle_s: Callable[[int], float], max_length: int = MAX_DRAFT
 ) -> int:
-    """Return the draft length of most tokens per second; 0 where drafting does not pay.
+    """Return the draft length of most tokens per second, the shortest of those that are alike.
 
     Args:
         acceptance: probability that a drafted token is kept, 0 to 1.
@@ -164,7 +165,8 @@ def choose_draft_length(
         max_length: longest draft.
     """
     lengths = range(max_length + 1)
-    return max(lengths, key=lambda length: expected_tokens(acceptance, length) / cycle_s(length))
+    speeds = [expected_tokens(acceptance, length) / cycle_s(length) for length in lengths]
+    return next(length for length in lengths if speeds[length] >= ALIKE * max(speeds))
 
 
 def steady_s(steps: Sequence[Step], ring_bytes: int) -> float:

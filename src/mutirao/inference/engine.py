@@ -115,6 +115,7 @@ class Engine:
         """
         if isinstance(memory, str):
             memory = parse_size(memory)
+        _check_settings(memory, threads, context, speculation)
         store = WeightStore.open_or_build(Path(path))
         tokenizer = Tokenizer.open(store.directory)
         threads = threads or os.cpu_count() or 1
@@ -374,6 +375,16 @@ def resident_memory_bytes() -> int:
     """Return the resident memory of this process now, in bytes."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize()
+
+
+def _check_settings(
+    memory: int | None, threads: int | None, context: int | None, speculation: str
+) -> None:
+    for name, value in (("memory", memory), ("threads", threads), ("context", context)):
+        if value is not None and value < 1:
+            raise InputError(f"{name}={value} is not accepted (expected 1 or more)")
+    if speculation not in ("auto", "on", "off"):
+        raise InputError(f"speculation={speculation!r} is not accepted (expected auto, on or off)")
 
 
 def _plan(

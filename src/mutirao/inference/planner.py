@@ -202,11 +202,14 @@ class _Planner:
 
     def pinned(self) -> list[Plan]:
         """Return the best way to pin and stream, if there is one."""
-        plans = []
-        for template, budget in self._budgets(self.num_rows):
-            choice = pin(self.matrices, self.lookups, budget)
-            placement = dataclasses.replace(template, resident=choice.resident)
-            plans.append(self._plan(PINNED, placement, choice))
+        plans: list[Plan] = []
+        for num_rows in dict.fromkeys((self.num_rows, 1)):
+            for template, budget in self._budgets(num_rows):
+                choice = pin(self.matrices, self.lookups, budget)
+                placement = dataclasses.replace(template, resident=choice.resident)
+                plans.append(self._plan(PINNED, placement, choice))
+            if plans:
+                break
         return _preferred(plans)
 
     def speculating(self, calibration: Calibration | None) -> list[Plan]:

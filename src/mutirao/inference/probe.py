@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import ctypes
 import datetime
-import functools
 import hashlib
 import itertools
 import mmap
@@ -366,14 +365,13 @@ def _time_product(
         num_planes=max(len(widths), 1),
         widths=(ctypes.c_int32 * 5)(*(widths or (form.bits,))),
     )
-    seconds = _call(
-        lambda out: load_library().probe_matmul(
-            *(kernels.encode(), num_threads, ctypes.byref(matrix)),
-            *(buffer.ctypes.data, buffer.nbytes, num_tokens, 1, out),
-        ),
-        1,
+    seconds = _median_s(
+        load_library().probe_matmul,
+        *(kernels.encode(), num_threads, ctypes.byref(matrix)),
+        *(buffer.ctypes.data, buffer.nbytes, num_tokens),
+        num=1,
     )
-    return seconds[0] / (num_panels * per_panel)
+    return seconds / (num_panels * per_panel)
 
 
 def _matrix_bytes() -> int:
@@ -399,32 +397,25 @@ def _measure_attention(kernels: str, num_threads: int) -> tuple[float, float]:
     head_dim, times = 128, []
     for num_heads, used_bytes in ((4 * num_threads, KV_BYTES * num_threads), (64, num_bytes)):
         num_positions = used_bytes // (4 * head_dim * num_heads) // 16 * 16
-        seconds = _call(
-            functools.partial(
-                load_library().probe_attention,
-                *(kernels.encode(), num_threads, num_heads, head_dim, num_positions),
-                *(buffer.ctypes.data, buffer.nbytes, ROUNDS),
-            )
+        seconds = _median_s(
+            load_library().probe_attention,
+            *(kernels.encode(), num_threads, num_heads, head_dim, num_positions),
+            *(buffer.ctypes.data, buffer.nbytes),
         )
-        times.append(statistics.median(seconds) / (num_heads * head_dim * num_positions))
+        times.append(seconds / (num_heads * head_dim * num_positions))
     cached, cold = times
     return cached, max(cold - cached, 0.0)
 
 
 def _measure_rows(kernels: str, row_op: int) -> float:
     width, num_rows = 4096, 64
-    seconds = _call(
-        lambda out: load_library().probe_rows(
-            kernels.encode(), *(1, row_op, width, num_rows, ROUNDS, out)
-        )
-    )
-    return statistics.median(seconds) / (width * num_rows)
+    rows = load_library().probe_rows
+    return _median_s(rows, kernels.encode(), 1, row_op, width, num_rows) / (width * num_rows)
 
 
 def _measure_loop(num_threads: int) -> float:
     num_loops = 500
-    seconds = _call(lambda out: load_library().probe_barriers(num_threads, num_loops, ROUNDS, out))
-    return statistics.median(seconds) / num_loops
+    return _median_s(load_library().probe_barriers, num_threads, num_loops) / num_loops
 
 
 def _measure_logits(function: Callable[[NDArray[np.float32]], object]) -> float:
@@ -437,12 +428,12 @@ def _measure_logits(function: Callable[[NDArray[np.float32]], object]) -> float:
     return statistics.median(seconds) / row.size
 
 
-def _call(function: Callable[[object], int], num: int = ROUNDS) -> Sequence[float]:
-    """Call a function of the library that writes ``num`` times; return them."""
-    seconds = (ctypes.c_double * num)()
-    if function(ctypes.byref(seconds)) != 0:
+def _median_s(function: Callable[..., int], *arguments: object, num: int | None = None) -> float:
+    """Call a function of the library that takes its times ``num`` times; return the median."""
+    seconds = (ctypes.c_double * (num or ROUNDS))()
+    if function(*arguments, len(seconds), ctypes.byref(seconds)) != 0:
         raise InferenceError("no memory or no threads to probe the kernels with")
-    return list(seconds)
+    return float(statistics.median(seconds))
 
 
 def _median_and_spread(values: Sequence[float]) -> tuple[float, float]:

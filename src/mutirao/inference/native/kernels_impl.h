@@ -8,11 +8,13 @@
 #ifdef ONE_TILE_FOR_ALL /* slow lanes: small code instead of a function for each arrangement */
 #define INLINE static inline
 #define TILE static __attribute__((noinline))
+#define UNROLL_16
 #define UNROLL_8
 #define UNROLL_4
 #else
 #define INLINE static inline __attribute__((always_inline))
 #define TILE INLINE
+#define UNROLL_16 _Pragma("GCC unroll 16")
 #define UNROLL_8 _Pragma("GCC unroll 8")
 #define UNROLL_4 _Pragma("GCC unroll 4")
 #endif
@@ -100,9 +102,9 @@ TILE void codes_tile(const matrix_view *w, const activations *x, int panel, int 
     const float code_offset = w->offset;
     const uint8_t *planes[MAX_PLANES];
     block_scales group;
-    vf sum[8]; /* not `acc`: what a pointer leads to would be stored at every step */
+    vf sum[16]; /* not `acc`: what a pointer leads to would be stored at every step */
     for (int p = 0; p < MAX_PLANES; p++) planes[p] = w->planes[p];
-    UNROLL_8 for (int t = 0; t < T; t++) sum[t] = vf_zero();
+    UNROLL_16 for (int t = 0; t < T; t++) sum[t] = vf_zero();
     for (int b = 0; b < num_blocks; b++) {
         vi codes[8];
         UNROLL_8 for (int j = 0; j < 8; j++) codes[j] = vi_zero();
@@ -154,7 +156,7 @@ UNROLL_4
             }
         }
     }
-    UNROLL_8 for (int t = 0; t < T; t++) acc[t] = sum[t];
+    UNROLL_16 for (int t = 0; t < T; t++) acc[t] = sum[t];
 }
 
 /* ---- Matrix products over floats ----------------------------------------------------------- */
@@ -198,7 +200,15 @@ typedef void tile_function(const matrix_view *w, const activations *x, int panel
                                                           int panel, int token, vf *acc) {           \
         codes_tile(w, x, panel, token, acc, T, bits, w0, w1, w2, w3, w4);                            \
     }
+#ifdef HAS_WIDE_TILE /* enough registers for sixteen tokens */
+#define WIDE_TILE(bits, w0, w1, w2, w3, w4) CODES_TILE(16, bits, w0, w1, w2, w3, w4)
+#define WIDE_NAME(bits, w0, w1, w2, w3, w4) tile_16_##bits##_##w0##w1##w2##w3##w4
+#else
+#define WIDE_TILE(bits, w0, w1, w2, w3, w4)
+#define WIDE_NAME(bits, w0, w1, w2, w3, w4) 0
+#endif
 #define CODES_TILES(bits, w0, w1, w2, w3, w4) \
+    WIDE_TILE(bits, w0, w1, w2, w3, w4)       \
     CODES_TILE(1, bits, w0, w1, w2, w3, w4)   \
     CODES_TILE(2, bits, w0, w1, w2, w3, w4)   \
     CODES_TILE(4, bits, w0, w1, w2, w3, w4)   \
@@ -225,18 +235,19 @@ FLOATS_TILES(KIND_BF16)
 
 typedef struct {
     int bits, widths[MAX_PLANES];
-    tile_function *tiles[4]; /* for 1, 2, 4 and 8 tokens */
+    tile_function *tiles[5]; /* for 1, 2, 4, 8 and 16 tokens; some may be missing */
 } arrangement;
 
 #define ARRANGEMENT(bits, w0, w1, w2, w3, w4)                                                       \
     {bits, {w0, w1, w2, w3, w4},                                                                    \
      {tile_1_##bits##_##w0##w1##w2##w3##w4, tile_2_##bits##_##w0##w1##w2##w3##w4,                   \
-      tile_4_##bits##_##w0##w1##w2##w3##w4, tile_8_##bits##_##w0##w1##w2##w3##w4}},
+      tile_4_##bits##_##w0##w1##w2##w3##w4, tile_8_##bits##_##w0##w1##w2##w3##w4,                   \
+      WIDE_NAME(bits, w0, w1, w2, w3, w4)}},
 
 static const arrangement ARRANGED[] = {ARRANGEMENTS(ARRANGEMENT)};
 
-#define FLOAT_TILES_OF(kind) {tile_1_##kind, tile_2_##kind, tile_4_##kind, 0}
-static tile_function *const FLOAT_TILES[3][4] = {
+#define FLOAT_TILES_OF(kind) {tile_1_##kind, tile_2_##kind, tile_4_##kind, 0, 0}
+static tile_function *const FLOAT_TILES[3][5] = {
     FLOAT_TILES_OF(KIND_F32), FLOAT_TILES_OF(KIND_F16), FLOAT_TILES_OF(KIND_BF16)};
 
 static tile_function *const *tiles_of(const matrix_view *w) {
@@ -256,9 +267,9 @@ static void matmul(const matrix_view *w, const activations *x, int begin, int en
     tile_function *const *tiles = tiles_of(w);
     for (int panel = begin; panel < end; panel++)
         for (int token = 0; token < num_tokens;) {
-            int size = 3;
+            int size = 4;
             while (!tiles[size] || token + (1 << size) > num_tokens) size--;
-            vf acc[8];
+            vf acc[16];
             tiles[size](w, x, panel, token, acc);
             for (int t = 0; t < 1 << size; t++) {
                 float *y = out + (int64_t)(token + t) * out_stride + panel * PANEL_ROWS;
