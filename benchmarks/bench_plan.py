@@ -1,12 +1,14 @@
 """Predicted beside measured speed, for several placements of one model.
 
-    python benchmarks/bench_plan.py MODEL [--threads 2] [--tokens 24] [--rounds 3] [--json FILE]
+    python benchmarks/bench_plan.py MODEL [--threads 2] [--tokens 24] [--rounds 3] [--quiet 60]
+                                          [--case NAME ...] [--json FILE]
 
 MODEL is a GGUF file, a folder, or a weight store. Each placement runs in a process of its own,
-in rounds interleaved with the others; the machine is probed right before each run, because a
+in rounds interleaved with the others; the machine is probed right after each run, because a
 virtual disk's speed changes by the minute. A placement with drafts runs cycles of a fixed number
-of drafts and one check, so that its time does not depend on what text it writes. Where another
-program uses the processor (see the load that is printed), the figures mean little.
+of drafts and one check, so that its time does not depend on what text it writes. Before each run
+up to ``--quiet`` seconds are waited until other programs rest; a run during which they took more
+than a tenth of the processors is not counted, as long as another one was better.
 """
 
 from __future__ import annotations
@@ -34,6 +36,8 @@ CONTEXT = 512
 ACCEPTANCE = 0.8
 """Of drafted tokens, to turn the time of a cycle into tokens per second; any value does."""
 
+MAX_OTHERS = 0.1
+
 MIB = 1 << 20
 CASES: dict[str, tuple[str, float, int, dict[str, int]]] = {
     "all resident": ("pin", 1.0, 0, {}),
@@ -56,28 +60,47 @@ CASES: dict[str, tuple[str, float, int, dict[str, int]]] = {
 """How it is chosen, the share that is resident, drafted tokens, changes of the placement."""
 
 
+WHAT = ("predicted", "measured")
+COLUMNS = (
+    ("tokens_per_s", 1, 2),
+    ("bytes_per_token", 1e6, 0),
+    ("first_token_s", 1, 2),
+    ("memory", 1e6, 0),
+)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--tokens", type=int, default=24, help="full passes in a run")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--quiet", type=float, default=60, help="seconds to wait for it, at most")
+    parser.add_argument("--case", action="append", choices=CASES, help="only this one")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=CASES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.case:
+    if arguments.child:
         print(json.dumps(_run(arguments)))
         return 0
     store = WeightStore.open_or_build(arguments.model)
-    runs: dict[str, list[dict[str, float]]] = {name: [] for name in CASES}
+    names = arguments.case or list(CASES)
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for number in range(arguments.rounds):
-        print(f"round {number + 1}, load {os.getloadavg()[0]:.2f}", file=sys.stderr)
-        for name in CASES:
-            command = [sys.executable, __file__, str(store.directory), "--case", name]
+        for name in names:
+            _wait_for_quiet(arguments.quiet)
+            command = [sys.executable, __file__, str(store.directory), "--child", name]
             command += ["--threads", str(arguments.threads), "--tokens", str(arguments.tokens)]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
             if done.returncode == 0:
                 runs[name].append(json.loads(done.stdout))
+                last = runs[name][-1]
+                print(
+                    f"round {number + 1}, {name}: {last['predicted_tokens_per_s']:.2f} predicted, "
+                    f"{last['measured_tokens_per_s']:.2f} measured, others took "
+                    f"{100 * last['others']:.0f} %",
+                    file=sys.stderr,
+                )
     result = {name: _medians(found) for name, found in runs.items() if found}
     _print(result)
     if arguments.json:
@@ -86,8 +109,8 @@ def main() -> int:
 
 
 def _run(arguments: argparse.Namespace) -> dict[str, float]:
-    """Probe, predict and measure one placement."""
-    how, share, draft_length, changes = CASES[arguments.case]
+    """Measure one placement, probe, and predict it."""
+    how, share, draft_length, changes = CASES[arguments.child]
     store = WeightStore.open(arguments.model)
     program = compile_program(store.spec)
     matrices, lookups = multiplied(program, store.tensors), only_looked_up(program, store.tensors)
@@ -104,6 +127,8 @@ def _run(arguments: argparse.Namespace) -> dict[str, float]:
         context=CONTEXT,
         **settings,
     )
+    measured = _measured(store, placement, draft_length, arguments.tokens)
+    peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     machine = measure(store.directory, arguments.threads)
     acceptance = ACCEPTANCE if draft_length else None
     predicted = predict(
@@ -115,7 +140,6 @@ def _run(arguments: argparse.Namespace) -> dict[str, float]:
         acceptance=acceptance,
         position=PROMPT_TOKENS,
     )
-    measured = _measured(store, placement, draft_length, arguments.tokens)
     yielded = expected_tokens(ACCEPTANCE, draft_length)
     return {
         "predicted_tokens_per_s": predicted.tokens_per_s,
@@ -125,9 +149,9 @@ def _run(arguments: argparse.Namespace) -> dict[str, float]:
         "predicted_first_token_s": predicted.time_to_first_token_s,
         "measured_first_token_s": measured["first_token_s"],
         "predicted_memory": float(memory_needed(store.spec, store.tensors, placement).total),
-        "measured_memory": float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024),
-        "load": os.getloadavg()[0],
-        "probe_spread": machine.spread,
+        "measured_memory": float(peak_bytes),
+        "others": max(measured["others"], machine.waited_share),
+        "disk_bytes_per_s": max(each.bytes_per_s for each in machine.reads),
     }
 
 
@@ -141,7 +165,7 @@ def _measured(
         begin_s = time.perf_counter()
         backend.run(prompt, 0)
         first_token_s = time.perf_counter() - begin_s
-        seconds, first = [], backend.bytes_read
+        seconds, first, processors = [], backend.bytes_read, _Processors()
         room = CONTEXT - PROMPT_TOKENS - draft_length - 1
         for cycle in range(num_cycles):
             position = PROMPT_TOKENS + cycle % room
@@ -154,36 +178,66 @@ def _measured(
             rows.argmax(1)
             seconds.append(time.perf_counter() - begin_s)
         num_bytes = (backend.bytes_read - first) / num_cycles
+        others = processors.others()
     cycle_s = sum(seconds) / num_cycles
-    return {"cycle_s": cycle_s, "bytes": num_bytes, "first_token_s": first_token_s}
+    return {
+        "cycle_s": cycle_s,
+        "bytes": num_bytes,
+        "first_token_s": first_token_s,
+        "others": others,
+    }
+
+
+class _Processors:
+    """Which part of the processors others use, from its making on."""
+
+    def __init__(self) -> None:
+        self.busy_s, self.own_s, self.begin_s = _busy_s(), time.process_time(), time.monotonic()
+
+    def others(self) -> float:
+        seconds = (time.monotonic() - self.begin_s) * (os.cpu_count() or 1)
+        own_s = time.process_time() - self.own_s
+        return max(_busy_s() - self.busy_s - own_s, 0.0) / seconds
+
+
+def _busy_s() -> float:
+    """Processor time of all processors since the start, idle and waiting for disks left out."""
+    fields = Path("/proc/stat").read_text(encoding="ascii").splitlines()[0].split()[1:9]
+    ticks = [int(each) for each in fields]
+    return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")
+
+
+def _wait_for_quiet(most_s: float) -> None:
+    end_s = time.monotonic() + most_s
+    while time.monotonic() < end_s:
+        processors = _Processors()
+        time.sleep(3)
+        if processors.others() < 0.05:
+            return
 
 
 def _medians(runs: list[dict[str, float]]) -> dict[str, float]:
+    runs = [each for each in runs if each["others"] <= MAX_OTHERS] or runs
     result = {key: statistics.median(each[key] for each in runs) for key in runs[0]}
     errors = [each["predicted_tokens_per_s"] / each["measured_tokens_per_s"] - 1 for each in runs]
     return result | {"error": statistics.median(errors), "worst_error": max(errors, key=abs)}
 
 
 def _print(result: dict[str, dict[str, float]]) -> None:
+    print("each pair: predicted, measured")
     print(
         f"{'placement':34} {'tokens/s':>15} {'error':>7} {'worst':>7} {'MB/token':>13} "
-        f"{'first token s':>13} {'memory MB':>13} {'load':>5}"
+        f"{'first token s':>13} {'memory MB':>13} {'others':>6}"
     )
-    print(f"{'':34} {'predicted, measured':>15}")
     for name, found in result.items():
         pairs = [
-            f"{found[f'predicted_{key}'] / unit:.{digits}f} {found[f'measured_{key}'] / unit:.{digits}f}"
-            for key, unit, digits in (
-                ("tokens_per_s", 1, 2),
-                ("bytes_per_token", 1e6, 0),
-                ("first_token_s", 1, 2),
-                ("memory", 1e6, 0),
-            )
+            " ".join(f"{found[f'{what}_{key}'] / unit:.{digits}f}" for what in WHAT)
+            for key, unit, digits in COLUMNS
         ]
         print(
             f"{name:34} {pairs[0]:>15} {100 * found['error']:>+6.0f}% "
             f"{100 * found['worst_error']:>+6.0f}% {pairs[1]:>13} {pairs[2]:>13} {pairs[3]:>13} "
-            f"{found['load']:>5.1f}"
+            f"{100 * found['others']:>5.0f}%"
         )
 
 

@@ -21,7 +21,7 @@ from mutirao.inference.plane_formats import FORMATS
 from mutirao.inference.planes import dequantize, pack, unpack_scales
 from mutirao.inference.program import Op, Program
 from mutirao.inference.reference import quantize_activations
-from mutirao.inference.store_index import Layout, StoredTensor, StoreIndex, Extent
+from mutirao.inference.store_index import Extent, Layout, StoredTensor, StoreIndex
 from mutirao.inference.weight_store import WeightStore
 
 Floats = NDArray[np.float32]
@@ -61,9 +61,7 @@ class Matrix:
     def magnitudes(self) -> NDArray[np.float64]:
         """Bounds of what is added up for each weight: scale times code, offset, minimum."""
         form = FORMATS[self.format]
-        scales, minimums = unpack_scales(
-            self.scales, self.format, self.num_rows, self.num_columns
-        )
+        scales, minimums = unpack_scales(self.scales, self.format, self.num_rows, self.num_columns)
         bounds = np.abs(scales.astype(np.float64)) * ((1 << form.bits) + form.code_offset)
         if minimums is not None:
             bounds += np.abs(minimums)
@@ -96,9 +94,7 @@ def product(
     extent = Extent(0, 0, 0)
     planes = tuple(extent for _ in matrix.planes)
     scales = None if matrix.is_float else extent
-    stored = StoredTensor(
-        "w", matrix.num_rows, matrix.num_columns, matrix.format, scales, planes
-    )
+    stored = StoredTensor("w", matrix.num_rows, matrix.num_columns, matrix.format, scales, planes)
     stride = -(-matrix.num_rows // 32) * 32
     out = np.zeros((len(x), stride), np.float32)
     if add_to is not None:
@@ -176,7 +172,7 @@ def run_ops(
     program = Program(buffers | {"unused": 1}, tuple(ops), (0, len(ops)), "unused")
     index = StoreIndex({}, spec, Layout({}, {}, Extent(0, 0, 0), 0, 0), {})
     store = WeightStore(directory, spec, {}, dict(vectors), np.zeros(1, np.uint64), index)
-    with mock.patch.object(native, "compile_program", lambda spec: program):
+    with mock.patch.object(native, "compile_program", return_value=program):
         backend = NativeBackend(store, placement or Placement())
     with backend:
         num_tokens = 0

@@ -20,6 +20,7 @@ def small_machine(*, s_per_weight: float = 1e-9, **changes: Any) -> Machine:
         "kernels": "scalar",
         "disk": "8:1",
         "measured_on": "2026-11-22",
+        "waited_share": 0.0,
         "direct": True,
         "reads": tuple(
             DiskSpeed(chunk, readers, 1e9, 0.0)

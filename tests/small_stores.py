@@ -136,7 +136,8 @@ def make_store(
 ) -> WeightStore:
     """A store of random weights of standard deviation ``spread``.
 
-    Matrices are of one format, or of one for each. Only ``weights.bin`` is written, so the store is opened by this alone.
+    Matrices are of one format, or of one for each. Only ``weights.bin`` is written, so the store
+    is opened by this alone.
     """
     rng = np.random.default_rng(seed)
     if isinstance(formats, str):

@@ -36,7 +36,7 @@ def placement(resident, **changes):
 def upper_planes(store, fewer=1):
     """All but the last planes of every matrix that has several."""
     resident = {name: max(1, len(t.planes) - fewer) for name, t in store.tensors.items()}
-    return resident | {"token_embd": NOTHING if "output" in store.tensors else resident["token_embd"]}
+    return resident | ({"token_embd": NOTHING} if "output" in store.tensors else {})
 
 
 def generate(backend, prompt, num, *, max_draft, sampling=None, has_draft=True, times=None):

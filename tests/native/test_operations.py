@@ -38,12 +38,8 @@ def run(tmp_path, library):
     def run(ops, inputs, widths=(), vectors=(), **settings):
         results = []
         for name in filter(is_supported, INSTRUCTION_SETS):
-            placement = Placement(max_tokens=64, kernels=name)
-            results.append(
-                run_ops(
-                    tmp_path, ops, inputs, dict(widths), dict(vectors), placement=placement, **settings
-                )
-            )
+            settings["placement"] = Placement(max_tokens=64, kernels=name)
+            results.append(run_ops(tmp_path, ops, inputs, dict(widths), dict(vectors), **settings))
         for other in results[1:]:
             for name, content in other.items():
                 np.testing.assert_array_equal(content, results[0][name])
@@ -170,9 +166,7 @@ def test_attention(shape, window, run):
     sizes = {"num_heads": heads, "num_kv_heads": kv_heads, "head_dim": dim, "rope": None}
     for last in range(len(parts)):
         end = ends[last]
-        got = run(
-            [op], parts[last], {"out": heads * dim}, before=parts[:last], spec_changes=sizes
-        )
+        got = run([op], parts[last], {"out": heads * dim}, before=parts[:last], spec_changes=sizes)
         expected = attention(
             torch.from_numpy(parts[last]["query"]),
             torch.from_numpy(key[:end]).half(),

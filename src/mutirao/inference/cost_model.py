@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 PROMPT_TOKENS = 128
 """Of the prompt whose time to first token is predicted, unless told otherwise."""
+TYPICAL_POSITION = 256
+"""Of generated tokens: after a prompt of 128, in the middle of an answer of 256."""
 MAX_DRAFT = 15
 """Longest draft that is considered: 16 tokens in a pass."""
 ALIKE = 0.999
@@ -84,8 +86,8 @@ def predict(
         placement: what is resident, ring, pieces, readers.
         draft_length: tokens that the resident planes draft for each full pass; 0: none.
         acceptance: probability that a drafted token is kept, 0 to 1; needed with drafts.
-        position: of the generated token, which attention sees that many before; None: the
-            middle of the context.
+        position: of the generated token, which attention sees that many before; None: 256, or
+            the middle of a shorter context.
         prompt_tokens: of the prompt for the time to first token.
 
     Raises:
@@ -93,7 +95,7 @@ def predict(
     """
     _check(machine, placement, draft_length, acceptance)
     model = PassCosts(machine, spec, tensors, placement)
-    where = placement.context // 2 if position is None else position
+    where = _position(placement, position)
     full = model.steps(draft_length + 1, where)
     drafts_s = draft_length * model.draft_s(where) if draft_length else 0.0
     cycle_s = steady_s([Step(drafts_s), *full.steps], model.ring_bytes)
@@ -128,7 +130,7 @@ def predict_best_draft(
     """Predict a placement with the draft length that suits it; see ``predict``."""
     _check(machine, placement, max_length, acceptance)
     model = PassCosts(machine, spec, tensors, placement)
-    where = placement.context // 2 if position is None else position
+    where = _position(placement, position)
     draft_s = model.draft_s(where)
 
     def cycle_s(length: int) -> float:
@@ -212,6 +214,10 @@ class _Clocks:
             if step.num_bytes:
                 self.used_bytes += step.num_bytes
                 self.held.append((self.compute_s, step.num_bytes))
+
+
+def _position(placement: Placement, position: int | None) -> int:
+    return min(TYPICAL_POSITION, placement.context // 2) if position is None else position
 
 
 def _prompt_s(model: PassCosts, num_tokens: int) -> float:

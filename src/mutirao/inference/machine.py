@@ -20,8 +20,9 @@ from mutirao.errors import FormatError
 from mutirao.inference.plane_formats import Format, find_format
 
 VERSION = 1
-PRODUCT_TOKENS = (1, 2, 4, 8, 64)
+PRODUCT_TOKENS = (1, 2, 4, 8, 16, 64)
 """Tokens in the products that are timed: the kernels' tiles, and a chunk of a prompt."""
+LARGEST_TILE = 16
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class ProductSpeed:
     widths: tuple[int, ...]
     """Bits of the planes that are multiplied, adjacent ones merged or not; () for floats."""
     s_per_weight: tuple[float, ...]
-    """Medians, for PRODUCT_TOKENS tokens, from memory."""
+    """Lower quartiles, for PRODUCT_TOKENS tokens, from memory."""
     spread: float
     """As of ``DiskSpeed``; the median over PRODUCT_TOKENS."""
 
@@ -68,6 +69,8 @@ class Machine:
     """Device number of the file system, 'major:minor'."""
     measured_on: str
     """Date, ISO 8601."""
+    waited_share: float
+    """Part of the time in which kernels were timed that others had the processor."""
     direct: bool
     """Whether direct I/O works there."""
     reads: tuple[DiskSpeed, ...]
@@ -124,14 +127,13 @@ class Machine:
             num_weights: rows times columns.
             num_tokens: >= 1.
         """
-        costs = self._costs(format_name, widths)
-        largest = 4 if find_format(format_name).is_float else 8
-        tiles = [largest] * (num_tokens // largest)
-        tiles += [size for size in (4, 2, 1) if size < largest and num_tokens % (2 * size) >= size]
-        per_tile = dict(zip(PRODUCT_TOKENS, costs, strict=True))
+        per_tile = dict(zip(PRODUCT_TOKENS, self._costs(format_name, widths), strict=True))
+        tiles = [LARGEST_TILE] * (num_tokens // LARGEST_TILE)
+        tiles += [size for size in (8, 4, 2, 1) if num_tokens & size]
         # The first tile brings a panel from memory; the others find it in a cache.
         many = PRODUCT_TOKENS[-1]
-        again = (per_tile[many] - per_tile[largest]) / (many / largest - 1) / per_tile[largest]
+        others_s = (per_tile[many] - per_tile[LARGEST_TILE]) / (many // LARGEST_TILE - 1)
+        again = others_s / per_tile[LARGEST_TILE]
         tiles_s = per_tile[tiles[0]] + again * sum(per_tile[size] for size in tiles[1:])
         return num_weights * tiles_s
 

@@ -59,8 +59,10 @@ class ModelPlans:
             )
         if is_disturbed(self.machine):
             notes.append(
-                "The probe was disturbed: its rounds differ by "
-                f"{100 * self.machine.spread:.0f} %. Probe again when the machine is quiet: --probe"
+                "The probe was disturbed by other programs: its rounds differ by "
+                f"{100 * self.machine.spread:.0f} %, and it waited for the processor for "
+                f"{100 * self.machine.waited_share:.0f} % of its time. Figures may be far off; "
+                "--probe measures again."
             )
         return notes
 
@@ -77,6 +79,8 @@ class ModelPlans:
                 "kernels": self.machine.kernels,
                 "measured_on": self.machine.measured_on,
                 "spread": self.machine.spread,
+                "waited_share": self.machine.waited_share,
+                "is_disturbed": is_disturbed(self.machine),
                 "direct": self.machine.direct,
                 "read_bytes_per_s": max(each.bytes_per_s for each in self.machine.reads),
             },

@@ -1,9 +1,10 @@
 """Measure in a few seconds what the cost model needs: the disk, the kernels, the barriers.
 
 Everything is timed in rounds, one after the other through all cases, so that a disturbance
-falls on all alike; medians are kept, and how far the rounds lay apart. The result is kept in
-the cache, for this machine, this disk and these kernels, until it is a month old or a new one
-is asked for. Needs neither a framework nor root.
+falls on all alike. Of the disk medians are kept; of the kernels, which others can only slow
+down, the lower quartile; of both, how far the rounds lay apart. The result is kept in the
+cache, for this machine, this disk and these kernels, until it is a month old or a new one is
+asked for. Needs neither a framework nor root.
 
 Left out: disks that remember what they read (a virtual machine's often does, and is slower the
 first time), and what others do on the machine at the same time.
@@ -46,8 +47,12 @@ from mutirao.inference.plane_formats import FORMATS, PANEL_ROWS, Format
 
 MAX_AGE_DAYS = 30
 DISTURBED_SPREAD = 0.3
-"""A probe whose rounds lie further apart was disturbed, and is good for a day only."""
+DISTURBED_SHARE = 0.1
+"""A probe whose rounds lie further apart, or that waited for the processor for a larger part of
+its time, was disturbed, and is good for a day only."""
 ROUNDS = 5
+SHORT_REPETITIONS = 20
+"""Of what takes less than a millisecond."""
 MAX_SECONDS = 5.0
 """Of the kernels, and of the disk: after that no new round is begun."""
 
@@ -116,6 +121,7 @@ def measure(directory: Path, num_threads: int) -> Machine:
     with _file_to_read(directory) as path:
         direct = _has_direct(path)
         reads, read_cpu_s_per_byte = _measure_disk(path, direct)
+    waited_s, started_s = _waited_s(), time.perf_counter()
     products = _measure_products(kernels, num_threads)
     attention_s, cache_s = _measure_attention(kernels, num_threads)
     rows = [_measure_rows(kernels, row_op) for row_op in range(3)]
@@ -127,6 +133,7 @@ def measure(directory: Path, num_threads: int) -> Machine:
         kernels=kernels,
         disk=f"{os.major(status.st_dev)}:{os.minor(status.st_dev)}",
         measured_on=datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
+        waited_share=(_waited_s() - waited_s) / (time.perf_counter() - started_s),
         direct=direct,
         reads=reads,
         read_cpu_s_per_byte=read_cpu_s_per_byte,
@@ -143,8 +150,8 @@ def measure(directory: Path, num_threads: int) -> Machine:
 
 
 def is_disturbed(machine: Machine) -> bool:
-    """Whether the rounds of a probe lay so far apart that its medians may be far off."""
-    return machine.spread > DISTURBED_SPREAD
+    """Whether a probe's figures may be far off, because others were at work."""
+    return machine.spread > DISTURBED_SPREAD or machine.waited_share > DISTURBED_SHARE
 
 
 def _read_cached(path: Path) -> Machine | None:
@@ -334,9 +341,9 @@ def _measure_products(kernels: str, num_threads: int) -> tuple[ProductSpeed, ...
             break
     products = []
     for form, widths in cases:
-        found = [_median_and_spread(times[form.name, widths, num]) for num in PRODUCT_TOKENS]
-        costs = tuple(median for median, _ in found)
-        spread = statistics.median(spread for _, spread in found)
+        found = [times[form.name, widths, num] for num in PRODUCT_TOKENS]
+        costs = tuple(map(_lower_quartile, found))
+        spread = statistics.median(_median_and_spread(each)[1] for each in found)
         products.append(ProductSpeed(form.name, widths, costs, spread))
     return tuple(products)
 
@@ -365,7 +372,7 @@ def _time_product(
         num_planes=max(len(widths), 1),
         widths=(ctypes.c_int32 * 5)(*(widths or (form.bits,))),
     )
-    seconds = _median_s(
+    seconds = _quick_s(
         load_library().probe_matmul,
         *(kernels.encode(), num_threads, ctypes.byref(matrix)),
         *(buffer.ctypes.data, buffer.nbytes, num_tokens),
@@ -384,6 +391,15 @@ def _matrix_bytes() -> int:
     return min(max(MATRIX_BYTES, cache_bytes * 3 // 2), MAX_MATRIX_BYTES)
 
 
+def _waited_s() -> float:
+    """Return how long this thread, one of those that compute, has waited for a processor."""
+    try:
+        text = Path("/proc/thread-self/schedstat").read_text(encoding="ascii")
+        return int(text.split()[1]) * 1e-9
+    except (OSError, ValueError, IndexError):
+        return 0.0  # the kernel does not keep it
+
+
 def _measure_attention(kernels: str, num_threads: int) -> tuple[float, float]:
     """Return the seconds per value of attention to keys in a cache, and what memory adds.
 
@@ -397,7 +413,7 @@ def _measure_attention(kernels: str, num_threads: int) -> tuple[float, float]:
     head_dim, times = 128, []
     for num_heads, used_bytes in ((4 * num_threads, KV_BYTES * num_threads), (64, num_bytes)):
         num_positions = used_bytes // (4 * head_dim * num_heads) // 16 * 16
-        seconds = _median_s(
+        seconds = _quick_s(
             load_library().probe_attention,
             *(kernels.encode(), num_threads, num_heads, head_dim, num_positions),
             *(buffer.ctypes.data, buffer.nbytes),
@@ -410,30 +426,36 @@ def _measure_attention(kernels: str, num_threads: int) -> tuple[float, float]:
 def _measure_rows(kernels: str, row_op: int) -> float:
     width, num_rows = 4096, 64
     rows = load_library().probe_rows
-    return _median_s(rows, kernels.encode(), 1, row_op, width, num_rows) / (width * num_rows)
+    return _quick_s(rows, kernels.encode(), 1, row_op, width, num_rows) / (width * num_rows)
 
 
 def _measure_loop(num_threads: int) -> float:
-    num_loops = 500
-    return _median_s(load_library().probe_barriers, num_threads, num_loops) / num_loops
+    num_loops = 100
+    return _quick_s(load_library().probe_barriers, num_threads, num_loops) / num_loops
 
 
 def _measure_logits(function: Callable[[NDArray[np.float32]], object]) -> float:
     """Time what Python does with a row of logits, as in ``decoding``."""
     row, seconds = np.zeros(1 << 17, np.float32), []
-    for _ in range(2 * ROUNDS):
+    for _ in range(SHORT_REPETITIONS):
         begin_s = time.perf_counter()
         function(row)
         seconds.append(time.perf_counter() - begin_s)
-    return statistics.median(seconds) / row.size
+    return _lower_quartile(seconds) / row.size
 
 
-def _median_s(function: Callable[..., int], *arguments: object, num: int | None = None) -> float:
-    """Call a function of the library that takes its times ``num`` times; return the median."""
-    seconds = (ctypes.c_double * (num or ROUNDS))()
-    if function(*arguments, len(seconds), ctypes.byref(seconds)) != 0:
+def _quick_s(
+    function: Callable[..., int], *arguments: object, num: int = SHORT_REPETITIONS
+) -> float:
+    """Have a function of the library time itself some times; return the lower quartile."""
+    seconds = (ctypes.c_double * num)()
+    if function(*arguments, num, ctypes.byref(seconds)) != 0:
         raise InferenceError("no memory or no threads to probe the kernels with")
-    return float(statistics.median(seconds))
+    return _lower_quartile(list(seconds))
+
+
+def _lower_quartile(values: Sequence[float]) -> float:
+    return sorted(values)[len(values) // 4]
 
 
 def _median_and_spread(values: Sequence[float]) -> tuple[float, float]:

@@ -164,12 +164,13 @@ def test_a_damaged_calibration_is_refused_or_another(name, value, tmp_path):
     else:
         document[name] = value
     path.write_text(json.dumps(document))
-    try:
-        loaded = Calibration.load(tmp_path)
-    except ArtifactError as error:
-        assert "remove it and it is measured again" in str(error)
+    if name == "version" and value is not None:
+        assert Calibration.load(tmp_path) is None
+    elif (name, value) == ("agreement", []):
+        assert Calibration.load(tmp_path).agreement == []
     else:
-        assert loaded is None or loaded == dataclasses.replace(EXAMPLE, **{name: value})
+        with pytest.raises(ArtifactError, match="remove it and it is measured again"):
+            Calibration.load(tmp_path)
 
 
 @pytest.mark.parametrize("length", [0, 1, 20, -1])

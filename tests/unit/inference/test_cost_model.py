@@ -210,12 +210,14 @@ def test_a_draft_is_a_token_and_a_check_is_one_pass_over_all_of_them():
 
 def test_tiles_of_many_tokens_are_those_of_the_kernels():
     machine = small_machine()
-    times = {num: machine.product_s("Q4_K", (4,), 10**9, num) for num in range(1, 21)}
+    times = {num: machine.product_s("Q4_K", (4,), 10**9, num) for num in range(1, 33)}
     assert times[1] == pytest.approx(1.0)
     assert times[8] == pytest.approx(4.5)
-    again = (32.5 - 4.5) / 7  # of a tile of eight that follows another
-    assert times[16] == pytest.approx(4.5 + again)
-    assert times[12] == pytest.approx(4.5 + again / 4.5 * 2.5)
+    assert times[16] == pytest.approx(8.5)
+    again = (32.5 - 8.5) / 3  # of sixteen that follow others
+    assert times[32] == pytest.approx(8.5 + again)
+    assert times[20] == pytest.approx(8.5 + again / 8.5 * 2.5)
+    assert times[12] == pytest.approx(4.5 + again / 8.5 * 2.5)
 
 
 def test_the_best_draft_is_at_least_as_fast_as_none():

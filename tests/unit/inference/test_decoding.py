@@ -106,8 +106,8 @@ def test_greedy_tokens_with_times_that_are_learnt():
 @pytest.mark.parametrize("max_draft", [0, 7])
 def test_no_more_tokens_than_asked_for_and_none_run_past_them(num, max_draft):
     model = TableModel(error=0.0)
-    counts = Counts()
-    assert len(generate(decoder_of(model, max_draft=max_draft), [1, 2, 3], num, None, counts)) == num
+    counts, decoder = Counts(), decoder_of(model, max_draft=max_draft)
+    assert len(generate(decoder, [1, 2, 3], num, None, counts)) == num
     assert counts.num_tokens == num
     assert max(position + len(tokens) for _, position, tokens in model.runs) <= 3 + num
     assert generate(decoder_of(TableModel()), [1], 0) == []

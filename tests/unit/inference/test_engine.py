@@ -199,7 +199,7 @@ def test_prompts_up_to_the_context(home, path):
         assert len(engine.encode_prompt(longest)) == 39
         assert engine.generate(longest, max_new_tokens=50).num_tokens == 1
         assert engine.generate("x" * 30, max_new_tokens=50).num_tokens == 10
-        with pytest.raises(InputError, match="40 tokens, too long .*at most 39"):
+        with pytest.raises(InputError, match=r"40 tokens, too long .*at most 39"):
             engine.generate("x" * 40)
         with pytest.raises(InputError, match="too long"):
             list(engine.generate_tokens([1] * 40))

@@ -98,8 +98,9 @@ def test_pinning_fills_the_budget_and_no_more(case):
         for each in matrices:
             planes = resident_planes(each, Placement(choice.resident))
             if planes < len(each.planes):
+                sizes = extent_bytes(each)
                 is_float = FORMATS[each.format].is_float
-                assert spare < (sum(extent_bytes(each)) if is_float else extent_bytes(each)[planes + 1])
+                assert spare < (sum(sizes) if is_float else sizes[planes + 1])
 
 
 @pytest.mark.parametrize("share", [0.1, 0.25, 0.5, 0.75, 0.9])

@@ -79,6 +79,7 @@ def test_everything_is_measured_and_nothing_is_left(quick, tmp_path):
     assert {each.format for each in found.products} == set(FORMATS)
     assert all(0 < cost < 1e-3 for each in found.products for cost in each.s_per_weight)
     assert found.num_threads == 1
+    assert 0 <= found.waited_share < 1
     assert Machine.from_json(found.to_json()) == found
 
 
@@ -169,6 +170,7 @@ def test_a_probe_whose_rounds_differ_was_disturbed():
     reads = tuple(dataclasses.replace(each, spread=0.9) for each in quiet.reads)
     assert not is_disturbed(quiet)
     assert is_disturbed(dataclasses.replace(quiet, reads=reads))
+    assert is_disturbed(dataclasses.replace(quiet, waited_share=0.3))
 
 
 # ---- Products that were not timed ---------------------------------------------------------------

@@ -125,7 +125,7 @@ class NativeBackend:
         self.program: Program = compile_program(store.spec)
         self.placement = placement
         spec = store.spec
-        self._vocab_size = spec.vocab_size
+        self._vocab_size, self._directory = spec.vocab_size, store.directory
         settings = Settings(
             placement.num_threads,
             placement.num_readers,
@@ -423,7 +423,10 @@ class NativeBackend:
 
     def _check(self, result: int) -> None:
         if result != 0:
-            raise InferenceError(f"inference failed: {self._message()}")
+            message = self._message()
+            if "weight store" in message:
+                message += f"; delete {self._directory}, and it is built again from the model"
+            raise InferenceError(f"inference failed: {message}")
 
     def _message(self) -> str:
         message: Any = self._library.engine_error(self._handle)
