@@ -300,9 +300,15 @@ def long_path(tmp_path_factory):
     return write_synthetic_gguf(path, hidden=1024, inner=2816, num_layers=4, context=100_000)
 
 
-@pytest.mark.parametrize("when", ["generating", "streaming", "at once"])
+def num_threads_of(process):
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    return int(status.split("Threads:")[1].split()[0])
+
+
+@pytest.mark.parametrize("when", ["generating", "streaming", "reading the prompt"])
 def test_interrupts_end_a_command_with_130(home, long_path, when):
-    options = ["--max-new-tokens", "30000", "--context", "40000", "--prompt", "The"]
+    prompt = "The" if when != "reading the prompt" else "x" * 60_000
+    options = ["--max-new-tokens", "30000", "--context", "90000", "--prompt", prompt]
     if when == "streaming":
         least = mutirao(home, "run", str(long_path), "--memory", "1MB", *options).stderr
         least_mb = int(re.search(r"at least\s+(\d+)\s+MB", least)[1])
@@ -314,8 +320,10 @@ def test_interrupts_end_a_command_with_130(home, long_path, when):
         stderr=subprocess.PIPE,
     )
     try:
-        if when == "at once":
-            time.sleep(0.4)
+        if when == "reading the prompt":
+            while num_threads_of(process) == 1:
+                time.sleep(0.01)
+            time.sleep(0.3)
         else:
             assert process.stdout.read(1)
             time.sleep(0.2)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -31,9 +32,14 @@ def test_commands_run_as_printed(page, tmp_path, tiny_model_directory):
         "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}",
         "MUTIRAO_HOME": str(tmp_path / "home"),
     }
-    for block in re.findall(r"```sh\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+    shutil.copytree(tiny_model_directory, tmp_path / "model")
+    text = page.read_text(encoding="utf-8")
+    for language, block in re.findall(r"```(sh|python)\n(.*?)```", text, re.DOTALL):
+        if language == "python" and page.stem == "serve":
+            continue  # asks the server; test_serve.py runs it
+        shell = ["bash", "-euo", "pipefail", "-c", block]
         result = subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", block],
+            shell if language == "sh" else [sys.executable, "-c", block],
             cwd=tmp_path,
             env=environment,
             capture_output=True,

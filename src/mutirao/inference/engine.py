@@ -37,6 +37,7 @@ from mutirao.inference.planner import (
     SPECULATION,
     Plan,
     Plans,
+    TooLittleMemoryError,
     make_plans,
 )
 from mutirao.inference.probe import probe
@@ -52,6 +53,8 @@ Speculation = Literal["auto", "on", "off"]
 
 DEFAULT_CONTEXT = 2048
 CALIBRATION_TOKENS = 104
+START_SPREAD_BYTES = 1_000_000
+"""By which this process's size when it has started may differ the next time (measured: 0.3 MB)."""
 SLACK_BYTES = 14 << 20
 """Left for what Python and the C library need while generating (measured: 6 to 12 MB)."""
 
@@ -411,11 +414,15 @@ def _plan(
     if memory is None:
         return _all_resident(store, threads, context, speculation, direct)
     calibration = None
-    process_bytes = resident_memory_bytes() + SLACK_BYTES
     model = (probe(store.directory, threads), store.spec, store.tensors, memory)
+    process_bytes = resident_memory_bytes() + SLACK_BYTES
     looks_up = speculation != "off"
     settings: dict[str, Any] = {"context": context, "looks_up": looks_up}
-    plans = make_plans(*model, process_bytes=process_bytes, **settings)
+    try:
+        plans = make_plans(*model, process_bytes=process_bytes, **settings)
+    except TooLittleMemoryError as error:
+        least_bytes = error.least_bytes + START_SPREAD_BYTES
+        raise TooLittleMemoryError(memory, least_bytes, context) from None
     if looks_up and any(plan.name == SPECULATION for plan in plans.plans):
         calibration = _calibration(store, tokenizer, threads, direct)
         process_bytes = resident_memory_bytes() + SLACK_BYTES

@@ -387,10 +387,13 @@ settings = {}
 if extra:
     planner.STREAMING = planner.STREAMING[-1:]
     settings = {"direct": False, "speculation": "on"}
-    try:
-        Engine.open(path, memory=1, **settings)
-    except InputError as error:
-        settings["memory"] = error.least_bytes + extra
+    for _ in range(2):  # the first time it calibrates, and this process grows
+        try:
+            Engine.open(path, memory=1, **settings)
+        except InputError as error:
+            memory = error.least_bytes + extra
+        Engine.open(path, memory=memory, **settings).close()
+    settings["memory"] = memory
 with Engine.open(path, **settings) as engine:
     list(engine.generate_tokens(engine.encode_prompt("The"), max_new_tokens=3))
     engine.generate([{"role": "user", "content": "x"}], max_new_tokens=2)
