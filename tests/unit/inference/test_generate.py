@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from mutirao.errors import InputError
-from mutirao.inference.generate import Chat, TextGenerator, _until_stop
+from mutirao.inference.conversation import Chat
+from mutirao.inference.generate import TextGenerator
 
 PROMPT = "The patient was"
 MESSAGES = [{"role": "user", "content": "fever?"}]
@@ -66,21 +67,6 @@ def test_text_ends_before_a_stop(generator):
     stop = whole[4:7]
     assert generator.generate(PROMPT, max_new_tokens=20, stop=[stop]).text == whole.split(stop)[0]
     assert not _threads()
-
-
-@pytest.mark.parametrize(
-    ("pieces", "stop", "expected"),
-    [
-        (["ab", "cd", "ef"], ["de"], "abc"),
-        (["ab", "cd", "ef"], ["dx"], "abcdef"),
-        (["a", "b", "c"], ["abc"], ""),
-        (["aab"], ["ab", "b"], "a"),
-        (["ab"], [""], "ab"),
-        (["x", "\n", "\n", "y"], ["\n\n"], "x"),
-    ],
-)
-def test_a_stop_may_come_in_pieces(pieces, stop, expected):
-    assert "".join(_until_stop(iter(pieces), stop)) == expected
 
 
 def test_closing_stops_generation(generator):
