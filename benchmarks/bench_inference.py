@@ -52,7 +52,7 @@ from inference.prompts import encode_prompts
 from inference.summary import figures, ratios, same_tokens, summarize, table
 
 from mutirao.environment import cache_directory, runs_directory, silence
-from mutirao.errors import MutiraoError
+from mutirao.errors import INTERRUPTED_EXIT_CODE, MutiraoError
 
 ROOT = Path(__file__).parents[1]
 DEFAULT_BUDGETS = "none,1.25,1.0,0.75,0.5"
@@ -61,7 +61,7 @@ Record = dict[str, Any]
 
 def main() -> int:
     arguments = _parse_arguments()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no process is left behind
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that no process is left behind
     silence()
     journal = _Journal(arguments.run / "records.jsonl", fresh=arguments.fresh)
     wanted = _select(arguments.only)
@@ -71,8 +71,11 @@ def main() -> int:
             _measure_all(wanted, budgets, arguments, journal)
         _report(journal, arguments)
     except MutiraoError as error:
-        print(error, file=sys.stderr)
+        _tell(str(error))
         return error.exit_code
+    except KeyboardInterrupt:
+        _tell("Stopped. What is finished is kept: the same command goes on from here.")
+        return INTERRUPTED_EXIT_CODE
     return 0
 
 
@@ -271,7 +274,7 @@ def _report(journal: _Journal, arguments: argparse.Namespace) -> None:
     summary = summarize(final)
     machine = describe_machine()
     result = {
-        "command": "make bench-inference",
+        "command": _command(arguments),
         "date": time.strftime("%Y-%m-%d"),
         "machine": machine,
         "model": {"name": MODEL_NAME, "sha256": MODEL_SHA256},
@@ -301,6 +304,15 @@ def _report(journal: _Journal, arguments: argparse.Namespace) -> None:
         _tell(str(error))
     print(table(summary))
     _tell(f"Written to {arguments.out}")
+
+
+def _command(arguments: argparse.Namespace) -> str:
+    """Return the command that repeats this, without the paths of this machine."""
+    only = f" --only {arguments.only}" if arguments.only else ""
+    return (
+        f"python benchmarks/bench_inference.py{only} --budgets {arguments.budgets} "
+        f"--repeats {arguments.repeats} --max-tokens {arguments.max_tokens}"
+    )
 
 
 def _versions(records: Sequence[Record]) -> dict[str, str]:
