@@ -475,10 +475,12 @@ def _calibration(
 ) -> Calibration:
     calibration = Calibration.load(store.directory)
     if calibration is None:
-        from mutirao.console import part_progress
+        from mutirao.console import console, part_progress
 
         tokens = tokenizer.encode(TEXT)[:CALIBRATION_TOKENS]
-        with part_progress("calibrating the draft, once") as tell:
+        # A bar is not shown where nobody looks; that it takes a while is told in any case.
+        console.print("calibrating the draft, once", style="dim")
+        with part_progress("calibrating") as tell:
             calibration = calibrate(
                 store, tokens, num_threads=threads, direct=direct, progress=tell
             )
