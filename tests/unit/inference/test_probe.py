@@ -14,23 +14,19 @@ import pytest
 from small_machine import small_machine
 
 from mutirao.errors import DiskFullError, FormatError, InputError, MissingKernelError
-from mutirao.inference import disk_probe, kernel_probe, timing
 from mutirao.inference import machine as machine_module
 from mutirao.inference import probe as probe_module
-from mutirao.inference.kernel_probe import arrangements
 from mutirao.inference.machine import (
     PRODUCT_TOKENS,
     DiskSpeed,
     Machine,
-    MemoryLimits,
     ProductSpeed,
     memory_limits,
     merged_widths,
 )
 from mutirao.inference.native.library import load_library
 from mutirao.inference.plane_formats import FORMATS
-from mutirao.inference.probe import is_disturbed, measure, probe
-from mutirao.inference.timing import median_and_spread
+from mutirao.inference.probe import arrangements, is_disturbed, measure, probe
 
 
 @pytest.fixture
@@ -41,12 +37,11 @@ def quick(monkeypatch, tmp_path):
     except MissingKernelError as error:
         pytest.skip(str(error))
     monkeypatch.setenv("MUTIRAO_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(disk_probe, "ROUNDS", 2)
-    monkeypatch.setattr(kernel_probe, "ROUNDS", 2)
-    monkeypatch.setattr(disk_probe, "READ_SLICE_S", 0.001)
-    monkeypatch.setattr(disk_probe, "FILE_BYTES", 1 << 23)
-    monkeypatch.setattr(kernel_probe, "PRODUCT_S", 1e-4)
-    monkeypatch.setattr(kernel_probe, "matrix_bytes", lambda: 1 << 20)
+    monkeypatch.setattr(probe_module, "ROUNDS", 2)
+    monkeypatch.setattr(probe_module, "READ_SLICE_S", 0.001)
+    monkeypatch.setattr(probe_module, "FILE_BYTES", 1 << 23)
+    monkeypatch.setattr(probe_module, "PRODUCT_S", 1e-4)
+    monkeypatch.setattr(probe_module, "_matrix_bytes", lambda: 1 << 20)
 
 
 @pytest.fixture
@@ -78,7 +73,7 @@ def test_everything_is_measured_and_nothing_is_left(quick, tmp_path):
     found = measure(folder, 1)
     assert list(folder.iterdir()) == []
     assert {(e.chunk_bytes, e.num_readers) for e in found.reads} == {
-        (chunk, readers) for chunk in disk_probe.CHUNK_BYTES for readers in (1, 4, 8)
+        (chunk, readers) for chunk in probe_module.CHUNK_BYTES for readers in (1, 4, 8)
     }
     assert all(1e5 < each.bytes_per_s < 1e12 for each in found.reads)
     assert {each.format for each in found.products} == set(FORMATS)
@@ -88,32 +83,15 @@ def test_everything_is_measured_and_nothing_is_left(quick, tmp_path):
     assert Machine.from_json(found.to_json()) == found
 
 
-@pytest.mark.parametrize(
-    ("available_bytes", "matrix_bytes"), [(40 << 20, 10 << 20), (1 << 20, 4 << 20)]
-)
-def test_little_memory_is_not_filled(monkeypatch, available_bytes, matrix_bytes):
-    limits = MemoryLimits(available_bytes, available_bytes)
-    monkeypatch.setattr(timing, "memory_limits", lambda: limits)
-    assert kernel_probe.matrix_bytes() == matrix_bytes
-
-
-def test_a_disk_is_read_in_small_chunks_where_there_is_little_memory(quick, tmp_path, monkeypatch):
-    limits = MemoryLimits(5 << 20, 5 << 20)
-    monkeypatch.setattr(timing, "memory_limits", lambda: limits)
-    (tmp_path / "large").write_bytes(bytes(1 << 23))
-    reads, _ = disk_probe.measure_disk(tmp_path / "large", direct=False)
-    assert {each.chunk_bytes for each in reads} == {1 << 16}
-
-
 def test_a_large_file_is_read_where_there_is_one(quick, tmp_path, monkeypatch):
     large = tmp_path / "store" / "weights.bin"
     large.parent.mkdir()
     large.write_bytes(bytes(1 << 23))
     before = large.stat().st_mtime_ns
     monkeypatch.setattr(
-        disk_probe.tempfile, "NamedTemporaryFile", lambda **_: pytest.fail("a file was written")
+        probe_module.tempfile, "NamedTemporaryFile", lambda **_: pytest.fail("a file was written")
     )
-    with disk_probe.file_to_read(tmp_path) as path:
+    with probe_module._file_to_read(tmp_path) as path:
         assert path == large
     assert large.stat().st_mtime_ns == before
 
@@ -123,7 +101,7 @@ def test_links_and_small_files_are_not_read(quick, tmp_path):
     (tmp_path / "elsewhere").write_bytes(bytes(1 << 23))
     (tmp_path / "disk" / "link").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "disk" / "small").write_bytes(bytes(1 << 22))
-    with disk_probe.file_to_read(tmp_path / "disk") as path:
+    with probe_module._file_to_read(tmp_path / "disk") as path:
         assert path.name.startswith(".mutirao-probe-")
         assert path.stat().st_size == 1 << 23
     assert not path.exists()
@@ -131,7 +109,7 @@ def test_links_and_small_files_are_not_read(quick, tmp_path):
 
 def test_a_full_disk_is_refused_with_what_is_needed(quick, tmp_path, monkeypatch):
     usage = types.SimpleNamespace(total=1 << 30, used=1 << 30, free=9 << 20)
-    monkeypatch.setattr(disk_probe.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(probe_module.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(DiskFullError, match=r"9 MB free.*8 MB.*MUTIRAO_HOME"):
         measure(tmp_path, 1)
 
@@ -140,7 +118,7 @@ def test_a_folder_that_cannot_be_written_is_refused(quick, tmp_path, monkeypatch
     def refuse(**_):
         raise PermissionError(errno.EACCES, "not allowed")
 
-    monkeypatch.setattr(disk_probe.tempfile, "NamedTemporaryFile", refuse)
+    monkeypatch.setattr(probe_module.tempfile, "NamedTemporaryFile", refuse)
     with pytest.raises(InputError, match="cannot be written"):
         measure(tmp_path, 1)
 
@@ -153,7 +131,7 @@ def test_without_direct_reads_the_page_cache_is_used_and_told(quick, tmp_path, m
             raise OSError(errno.EINVAL, "no direct I/O here")
         return real(path, flags, *rest)
 
-    monkeypatch.setattr(disk_probe.os, "open", without_direct)
+    monkeypatch.setattr(probe_module.os, "open", without_direct)
     (tmp_path / "disk").mkdir()
     found = measure(tmp_path / "disk", 1)
     assert found.direct is False
@@ -162,11 +140,11 @@ def test_without_direct_reads_the_page_cache_is_used_and_told(quick, tmp_path, m
 
 @pytest.mark.parametrize("name", sorted(FORMATS))
 def test_every_arrangement_of_planes_has_a_kernel(quick, name):
-    buffer = np.full(1 << 20, kernel_probe.FILL, np.uint8)
+    buffer = np.full(1 << 20, probe_module.FILL, np.uint8)
     kernels = load_library().engine_best_kernels().decode()
     for widths in arrangements(FORMATS[name]):
         for num_tokens in PRODUCT_TOKENS[:-1]:
-            cost = kernel_probe._time_product(
+            cost = probe_module._time_product(
                 kernels, 1, FORMATS[name], widths, num_tokens, buffer, 1e5
             )
             assert 0 < cost < 1e-3
@@ -183,8 +161,8 @@ def test_arrangements_are_those_of_drafts_and_of_full_passes():
 
 
 def test_the_median_is_kept_and_the_range_of_the_quartiles():
-    assert median_and_spread([5.0, 1.0, 3.0, 2.0, 4.0]) == (3.0, pytest.approx(2 / 3))
-    assert median_and_spread([7.0]) == (7.0, 0.0)
+    assert probe_module._median_and_spread([5.0, 1.0, 3.0, 2.0, 4.0]) == (3.0, pytest.approx(2 / 3))
+    assert probe_module._median_and_spread([7.0]) == (7.0, 0.0)
 
 
 def test_a_probe_whose_rounds_differ_was_disturbed():
