@@ -136,7 +136,8 @@ def test_bytes_read_are_those_of_the_streamed_extents(store, expected):
         streamed = sum(tensor.num_bytes for tensor in store.tensors.values())
         streamed -= store.tensors["token_embd"].num_bytes
         num_reads = sum(2 * len(tensor.extents) for tensor in store.tensors.values()) * 3
-        assert streamed <= a_pass <= streamed + num_reads * 4096
+        ahead = LARGEST_SLAB / 10  # what the ring held when counting began and ended
+        assert streamed - ahead <= a_pass <= streamed + num_reads * 4096 + ahead
         assert backend.wait_s > 0
 
 
