@@ -292,7 +292,7 @@ def _report(journal: _Journal, arguments: argparse.Namespace) -> None:
         "same_tokens": same_tokens(final, ("ours", "ours-speculation")),
         "ratios": ratios(summary),
         "quality_of_smaller": _quality(final, arguments),
-        "killed": _killed(journal),
+        "failed": _failed(journal),
         "results": summary,
     }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
@@ -323,7 +323,7 @@ def _versions(records: Sequence[Record]) -> dict[str, str]:
     return versions
 
 
-def _killed(journal: _Journal) -> list[dict[str, Any]]:
+def _failed(journal: _Journal) -> list[dict[str, Any]]:
     """Return every run that ended for want of memory or time, those tried again included."""
     keys = ("peer", "budget", "repeat", "limit_bytes", "extra_bytes")
     failed = [*journal.find(outcome="oom"), *journal.find(outcome="timeout")]

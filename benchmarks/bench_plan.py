@@ -23,13 +23,13 @@ import sys
 import time
 from pathlib import Path
 
-from mutirao.inference.cost_model import expected_tokens, predict
-from mutirao.inference.memory_use import memory_needed
+from mutirao.inference.architecture.program import compile_program
 from mutirao.inference.native.backend import NOTHING, NativeBackend, Placement
-from mutirao.inference.placement import multiplied, only_looked_up, pin, split
-from mutirao.inference.probe import measure
-from mutirao.inference.program import compile_program
-from mutirao.inference.weight_store import WeightStore
+from mutirao.inference.planning.cost_model import expected_tokens, predict
+from mutirao.inference.planning.memory_use import memory_needed
+from mutirao.inference.planning.placement import multiplied, only_looked_up, pin, split
+from mutirao.inference.planning.probe import measure
+from mutirao.inference.store.weight_store import WeightStore
 
 PROMPT_TOKENS = 128
 CONTEXT = 512

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mutirao.errors import InferenceError, InputError
-from mutirao.inference.text_stream import until_stop
+from mutirao.inference.text.text_stream import until_stop
 
 
 @dataclass

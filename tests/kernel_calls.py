@@ -14,15 +14,15 @@ from numpy.typing import NDArray
 from small_stores import small_spec
 from tiny_gguf import random_rows
 
+from mutirao.inference.architecture.program import Op, Program
 from mutirao.inference.native import backend as native
 from mutirao.inference.native.backend import NativeBackend, Placement
 from mutirao.inference.native.library import load_library
-from mutirao.inference.plane_formats import FORMATS
-from mutirao.inference.planes import dequantize, pack, unpack_scales
-from mutirao.inference.program import Op, Program
 from mutirao.inference.reference import quantize_activations
-from mutirao.inference.store_index import Extent, Layout, StoredTensor, StoreIndex
-from mutirao.inference.weight_store import WeightStore
+from mutirao.inference.store.plane_formats import FORMATS
+from mutirao.inference.store.planes import dequantize, pack, unpack_scales
+from mutirao.inference.store.store_index import Extent, Layout, StoredTensor, StoreIndex
+from mutirao.inference.store.weight_store import WeightStore
 
 Floats = NDArray[np.float32]
 

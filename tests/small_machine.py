@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from mutirao.inference.machine import PRODUCT_TOKENS, DiskSpeed, Machine, ProductSpeed
-from mutirao.inference.plane_formats import FORMATS
-from mutirao.inference.probe import arrangements
+from mutirao.inference.planning.machine import PRODUCT_TOKENS, DiskSpeed, Machine, ProductSpeed
+from mutirao.inference.planning.probe import arrangements
+from mutirao.inference.store.plane_formats import FORMATS
 
 
 def small_machine(*, s_per_weight: float = 1e-9, **changes: Any) -> Machine:

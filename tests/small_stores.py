@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from tiny_gguf import QUANTIZED, random_rows
 
 from mutirao.errors import MissingKernelError
-from mutirao.inference.model_spec import (
+from mutirao.inference.architecture.model_spec import (
     ModelSpec,
     RopeSpec,
     matrix_shapes,
@@ -20,10 +20,10 @@ from mutirao.inference.model_spec import (
     vector_shapes,
 )
 from mutirao.inference.native.library import load_library
-from mutirao.inference.plane_formats import FORMATS
-from mutirao.inference.planes import dequantize, pack
-from mutirao.inference.store_index import StoredTensor, StoreIndex, checksum, plan_layout
-from mutirao.inference.weight_store import WeightStore
+from mutirao.inference.store.plane_formats import FORMATS
+from mutirao.inference.store.planes import dequantize, pack
+from mutirao.inference.store.store_index import StoredTensor, StoreIndex, checksum, plan_layout
+from mutirao.inference.store.weight_store import WeightStore
 
 LLAMA = {
     "architecture": "llama",

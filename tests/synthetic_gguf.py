@@ -20,9 +20,9 @@ from small_stores import skip_without_kernels, weights_deviation
 from tiny_gguf import byte_alphabet, random_rows
 
 from mutirao.errors import InputError
-from mutirao.inference import probe
 from mutirao.inference.engine import Engine
 from mutirao.inference.native.library import load_library
+from mutirao.inference.planning import probe
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"

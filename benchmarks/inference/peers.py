@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from inference.installation import LLAMA_CPP_VERSION
-from mutirao.inference.weight_store import store_directory
+from mutirao.inference.store.weight_store import store_directory
 
 HERE = Path(__file__).parent
 OVERHEAD_BYTES = 250_000_000

@@ -159,7 +159,7 @@ def table(summary: dict[str, dict[str, Any]]) -> str:
     """Return the summary as a Markdown table, ready for docs/benchmarks."""
     lines = [
         "| engine | budget | limit | tokens/s, steady | first 50 | first token | MB read per "
-        "token | peak | killed |",
+        "token | peak | failed |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for peer in PEERS:

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from tiny_gguf import write_tiny_gguf
 
 from mutirao.errors import ArtifactError, DiskFullError, FormatError
-from mutirao.inference import store_index
-from mutirao.inference.weight_store import WeightStore, store_directory
+from mutirao.inference.store import store_index
+from mutirao.inference.store.weight_store import WeightStore, store_directory
 
 LIMIT_S = 5.0
 FORMATS = {"token_embd": "Q6_K", "blk.0.ffn_up": "Q4_K", "blk.1.attn_q": "F16"}

@@ -16,8 +16,8 @@ from small_stores import SPECS, make_store, mixed_formats
 from tiny_gguf import FLOATS, QUANTIZED
 
 from mutirao.errors import InferenceError, InputError
+from mutirao.inference.architecture.program import Embed, MatMul
 from mutirao.inference.native.backend import NOTHING, NativeBackend, Placement
-from mutirao.inference.program import Embed, MatMul
 from mutirao.inference.reference import ReferenceBackend
 
 LOCKSTEP = 4e-6
@@ -36,6 +36,11 @@ def store_of(tmp_path, architecture, formats):
     spec = SPECS[architecture]
     if formats in ("mixed", "otherwise-mixed"):
         formats = mixed_formats(spec, 0 if formats == "mixed" else 5)
+    elif formats == "partly-float":
+        formats = {
+            name: "F16" if name.endswith(("attn_output", "ffn_down")) else kind
+            for name, kind in mixed_formats(spec).items()
+        }
     return make_store(tmp_path, spec, formats)
 
 
@@ -65,7 +70,9 @@ def tolerated(store, op):
     return 4
 
 
-@pytest.mark.parametrize("formats", ["mixed", "otherwise-mixed", "F32", "F16", "BF16"])
+@pytest.mark.parametrize(
+    "formats", ["mixed", "otherwise-mixed", "partly-float", "F32", "F16", "BF16"]
+)
 @pytest.mark.parametrize("architecture", SPECS)
 def test_every_operation_of_every_architecture(architecture, formats, tmp_path):
     store = store_of(tmp_path, architecture, formats)

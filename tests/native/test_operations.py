@@ -11,9 +11,8 @@ import pytest
 import torch
 from kernel_calls import INSTRUCTION_SETS, is_supported, run_ops
 
-from mutirao.inference.model_spec import RopeSpec
-from mutirao.inference.native.backend import Placement
-from mutirao.inference.program import (
+from mutirao.inference.architecture.model_spec import RopeSpec
+from mutirao.inference.architecture.program import (
     Activation,
     Add,
     Attention,
@@ -22,6 +21,7 @@ from mutirao.inference.program import (
     Rope,
     Scale,
 )
+from mutirao.inference.native.backend import Placement
 from mutirao.inference.reference import activation, attention, layer_norm, rms_norm, rope
 
 WIDTHS = (1, 5, 16, 31, 64, 100)

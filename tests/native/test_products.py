@@ -14,7 +14,7 @@ import pytest
 from kernel_calls import INSTRUCTION_SETS, Matrix, expected_product, is_supported, product
 from tiny_gguf import FLOATS, HALVES, QUANTIZED, block_bytes
 
-from mutirao.inference.plane_formats import FORMATS
+from mutirao.inference.store.plane_formats import FORMATS
 
 ROWS = (1, 15, 16, 17, 33)
 MOST_TOKENS = 17

@@ -13,8 +13,8 @@ from small_stores import SPECS, make_store, mixed_formats
 from tiny_gguf import FLOATS
 
 from mutirao.errors import InferenceError
-from mutirao.inference.memory_use import least_ring_bytes
 from mutirao.inference.native.backend import ALL_PLANES, NOTHING, NativeBackend, Placement
+from mutirao.inference.planning.memory_use import least_ring_bytes
 
 SPEC = dataclasses.replace(SPECS["llama"], vocab_size=700, ffn_dim=768)
 """Matrices of up to three slabs of 256 rows."""

@@ -19,9 +19,9 @@ from gguf import quants
 
 from mutirao.environment import cache_directory
 from mutirao.formats.huggingface import without_progress_bars
-from mutirao.inference.model_spec import rope_vectors
+from mutirao.inference.architecture.model_spec import rope_vectors
 from mutirao.inference.reference import ReferenceBackend
-from mutirao.inference.weight_store import WeightStore
+from mutirao.inference.store.weight_store import WeightStore
 
 TOLERANCE = 5e-5
 NUM_TOKENS = 40

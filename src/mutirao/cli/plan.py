@@ -11,9 +11,9 @@ from mutirao.cli.options import AsJson
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from mutirao.inference.machine import Machine
-    from mutirao.inference.model_plans import ModelPlans
-    from mutirao.inference.planner import Plan
+    from mutirao.inference.planning.machine import Machine
+    from mutirao.inference.planning.model_plans import ModelPlans
+    from mutirao.inference.planning.planner import Plan
 
 Model = Annotated[
     str,
@@ -58,7 +58,7 @@ def plan(
     """Predict how fast a model would run in some memory, and how."""
     import json as json_module
 
-    from mutirao.inference.model_plans import plan_model
+    from mutirao.inference.planning.model_plans import plan_model
     from mutirao.inference.sizes import parse_size
 
     planned = plan_model(

@@ -26,11 +26,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mutirao.errors import ArtifactError
+from mutirao.inference.architecture.program import MatMul, compile_program
 from mutirao.inference.native.backend import NOTHING, Mode, NativeBackend, Placement
-from mutirao.inference.placement import multiplied, only_looked_up, split
-from mutirao.inference.planes import find_format
-from mutirao.inference.program import MatMul, compile_program
-from mutirao.inference.weight_store import WeightStore
+from mutirao.inference.planning.placement import multiplied, only_looked_up, split
+from mutirao.inference.store.planes import find_format
+from mutirao.inference.store.weight_store import WeightStore
 
 FILE_NAME = "calibration.json"
 VERSION = 1

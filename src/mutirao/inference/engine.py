@@ -23,13 +23,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mutirao.errors import InputError, MissingKernelError
+from mutirao.inference.architecture.program import compile_program
 from mutirao.inference.calibration import TEXT, Calibration, calibrate
 from mutirao.inference.conversation import Generation, Message
 from mutirao.inference.decoding import Backend, Counts, Decoder
 from mutirao.inference.native.backend import NOTHING, NativeBackend, Placement
 from mutirao.inference.native.library import load_library
-from mutirao.inference.placement import Choice, multiplied, only_looked_up
-from mutirao.inference.planner import (
+from mutirao.inference.planning.placement import Choice, multiplied, only_looked_up
+from mutirao.inference.planning.planner import (
     ALL_RESIDENT,
     LOOKUP_ROWS,
     PINNED,
@@ -40,14 +41,13 @@ from mutirao.inference.planner import (
     TooLittleMemoryError,
     make_plans,
 )
-from mutirao.inference.probe import probe
-from mutirao.inference.program import compile_program
+from mutirao.inference.planning.probe import probe
 from mutirao.inference.sampling import Sampling
 from mutirao.inference.sizes import parse_size
 from mutirao.inference.speculation import PassTimes
-from mutirao.inference.text_stream import Detokenizer, until_stop
-from mutirao.inference.tokenizer import Tokenizer
-from mutirao.inference.weight_store import WeightStore
+from mutirao.inference.store.weight_store import WeightStore
+from mutirao.inference.text.text_stream import Detokenizer, until_stop
+from mutirao.inference.text.tokenizer import Tokenizer
 
 Speculation = Literal["auto", "on", "off"]
 

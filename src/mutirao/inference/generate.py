@@ -23,7 +23,7 @@ from transformers import (
 from mutirao.errors import InputError
 from mutirao.formats.huggingface import Dtype
 from mutirao.inference.conversation import Generation, Message
-from mutirao.inference.text_stream import until_stop
+from mutirao.inference.text.text_stream import until_stop
 from mutirao.models.causal import CausalModel
 
 

@@ -25,8 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mutirao.errors import InputError
-from mutirao.inference import planes
-from mutirao.inference import program as ops
+from mutirao.inference.architecture import program as ops
 from mutirao.inference.reference_operations import (
     activation,
     attention,
@@ -36,9 +35,10 @@ from mutirao.inference.reference_operations import (
     rms_norm,
     rope,
 )
+from mutirao.inference.store import planes
 
 if TYPE_CHECKING:
-    from mutirao.inference.weight_store import WeightStore
+    from mutirao.inference.store.weight_store import WeightStore
 
 Logits = Literal["last", "all", "none"]
 Mode = Literal["full", "draft"]

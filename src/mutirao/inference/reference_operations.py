@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mutirao.errors import ShapeError
-from mutirao.inference.planes import BLOCK_COLUMNS
+from mutirao.inference.store.planes import BLOCK_COLUMNS
 
 LARGEST_CODE = 127
 SMALLEST_BLOCK = 1e-36

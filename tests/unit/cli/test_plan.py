@@ -8,8 +8,8 @@ from typer.testing import CliRunner
 
 from mutirao.cli.app import app
 from mutirao.errors import InputError
-from mutirao.inference import model_plans
-from mutirao.inference.machine import MemoryLimits
+from mutirao.inference.planning import model_plans
+from mutirao.inference.planning.machine import MemoryLimits
 
 CONFIG = {
     "model_type": "qwen2",

@@ -10,6 +10,7 @@ import pytest
 from small_stores import SPECS, make_store, mixed_formats, skip_without_kernels
 
 from mutirao.errors import ArtifactError
+from mutirao.inference.architecture.program import compile_program
 from mutirao.inference.calibration import (
     FILE_NAME,
     FRACTIONS,
@@ -17,8 +18,7 @@ from mutirao.inference.calibration import (
     Calibration,
     calibrate,
 )
-from mutirao.inference.placement import multiplied, only_looked_up, split
-from mutirao.inference.program import compile_program
+from mutirao.inference.planning.placement import multiplied, only_looked_up, split
 from mutirao.inference.reference import ReferenceBackend
 
 SPEC = dataclasses.replace(SPECS["llama"], num_layers=6)

@@ -18,7 +18,7 @@ from mutirao.inference.reference import (
     rms_norm,
     rope,
 )
-from mutirao.inference.weight_store import WeightStore
+from mutirao.inference.store.weight_store import WeightStore
 
 
 def _random(*shape, seed=0):

@@ -19,15 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mutirao.errors import InferenceError, InputError
-from mutirao.inference.native.library import (
-    Extent,
-    OpDescription,
-    Settings,
-    TensorDescription,
-    load_library,
-)
-from mutirao.inference.planes import find_format
-from mutirao.inference.program import (
+from mutirao.inference.architecture.program import (
     Activation,
     Add,
     Attention,
@@ -42,10 +34,18 @@ from mutirao.inference.program import (
     SelectRows,
     compile_program,
 )
+from mutirao.inference.native.library import (
+    Extent,
+    OpDescription,
+    Settings,
+    TensorDescription,
+    load_library,
+)
+from mutirao.inference.store.planes import find_format
 
 if TYPE_CHECKING:
-    from mutirao.inference.store_index import StoredTensor
-    from mutirao.inference.weight_store import WeightStore
+    from mutirao.inference.store.store_index import StoredTensor
+    from mutirao.inference.store.weight_store import WeightStore
 
 Mode = Literal["full", "draft"]
 Wanted = Literal["last", "all", "none"]
@@ -119,7 +119,7 @@ class NativeBackend:
             InferenceError: no memory, or the store is damaged or cannot be read.
         """
         self._handle: int | None = None
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # what C is at work on is not taken from under it
         self._num_cached = 0
         self._library = load_library()
         self.program: Program = compile_program(store.spec)
@@ -206,9 +206,11 @@ class NativeBackend:
             else:
                 wanted = [len(chunk) - 1] if is_last and logits == "last" else []
             end = len(self.program.ops) if wanted else head
-            self.run_ops(chunk, position + begin, 0, end, mode=mode, wanted=wanted)
-            self._num_cached = position + begin + len(chunk)
-        return self.logits(len(wanted))
+            with self._lock:
+                self.run_ops(chunk, position + begin, 0, end, mode=mode, wanted=wanted)
+                self._num_cached = position + begin + len(chunk)
+                rows = self.logits(len(wanted))
+        return rows
 
     def run_ops(
         self,
@@ -268,34 +270,41 @@ class NativeBackend:
 
     def set_draft_planes(self, name: str, num_planes: int) -> None:
         """Let drafts read the first planes of a matrix that is streamed whole; 0: all."""
-        self._library.engine_set_draft_planes(self._open_handle(), self._tensors[name], num_planes)
+        with self._lock:
+            handle = self._open_handle()
+            self._library.engine_set_draft_planes(handle, self._tensors[name], num_planes)
 
     @property
     def kernels(self) -> str:
         """The kernels in use, such as 'avx512'."""
-        return str(self._library.engine_kernels(self._open_handle()).decode())
+        with self._lock:
+            return str(self._library.engine_kernels(self._open_handle()).decode())
 
     @property
     def is_queued(self) -> bool:
         """Whether weights are read by io_uring."""
-        return bool(self._library.engine_is_queued(self._open_handle()))
+        with self._lock:
+            return bool(self._library.engine_is_queued(self._open_handle()))
 
     @property
     def bytes_read(self) -> int:
         """Bytes streamed from the store since it was loaded."""
-        return int(self._library.engine_bytes_read(self._open_handle()))
+        with self._lock:
+            return int(self._library.engine_bytes_read(self._open_handle()))
 
     @property
     def wait_s(self) -> float:
         """Time that computing waited for pieces, in seconds."""
-        return float(self._library.engine_wait_s(self._open_handle()))
+        with self._lock:
+            return float(self._library.engine_wait_s(self._open_handle()))
 
     def op_seconds(self) -> dict[str, float]:
         """Return the time spent in each kind of op, in seconds."""
-        return {
-            kind.__name__: float(self._library.engine_op_s(self._open_handle(), index))
-            for index, kind in enumerate(_OPS)
-        }
+        with self._lock:
+            return {
+                kind.__name__: float(self._library.engine_op_s(self._open_handle(), index))
+                for index, kind in enumerate(_OPS)
+            }
 
     def _buffer_rows(self, name: str) -> int:
         few = _after_selection(self.program)
@@ -429,7 +438,7 @@ class NativeBackend:
             raise InferenceError(f"inference failed: {message}")
 
     def _message(self) -> str:
-        message: Any = self._library.engine_error(self._handle)
+        message: Any = self._library.engine_error(self._open_handle())
         return str(message.decode(errors="replace")) or "the engine gave no reason"
 
 

@@ -1,4 +1,4 @@
-/* The engine: runs a program (see inference/program.py) over tokens, on all threads together.
+/* The engine: runs a program (see inference/architecture/program.py) over tokens, on all threads together.
  *
  * Python describes tensors, vectors, buffers and ops, then loads and runs; nothing here knows an
  * architecture. Each op ends at a barrier. Streamed matrices are multiplied piece by piece as

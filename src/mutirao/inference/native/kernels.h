@@ -1,7 +1,7 @@
 /* What the kernels compute on, and the table of functions that each instruction set fills in.
  *
  * Weights lie in panels of 16 rows, one row to a lane, in blocks of 32 columns; see
- * inference/planes.py for the layout. Every function treats each token apart and adds in one
+ * inference/store/planes.py for the layout. Every function treats each token apart and adds in one
  * fixed order, so a token's result does not depend on how many others come with it, on threads,
  * or on the instruction set. */
 #ifndef MUTIRAO_KERNELS_H

@@ -1,5 +1,5 @@
 /* What the kernels cost on this machine: products over matrices larger than the caches, attention,
- * and meeting at a barrier. For inference/probe.py; nothing here is used while a model runs. */
+ * and meeting at a barrier. For inference/planning/probe.py; nothing here is used while a model runs. */
 #define _GNU_SOURCE
 #include <stdlib.h>
 #include <string.h>
@@ -10,7 +10,7 @@
 
 #define EXPORT __attribute__((visibility("default")))
 
-/* Mirrors inference/probe.py. */
+/* Mirrors inference/planning/probe.py. */
 typedef struct {
     int32_t kind, bits, scales_kind, num_rows, num_columns, num_planes;
     int32_t widths[MAX_PLANES];

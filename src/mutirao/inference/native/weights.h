@@ -1,5 +1,5 @@
 /* Matrices of the weight store: what of them is resident, what is streamed, and views for the
- * kernels. See inference/planes.py for the layout and inference/weight_store.py for the file. */
+ * kernels. See inference/store/planes.py for the layout and inference/store/weight_store.py for the file. */
 #ifndef MUTIRAO_WEIGHTS_H
 #define MUTIRAO_WEIGHTS_H
 
