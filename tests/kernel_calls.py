@@ -130,7 +130,8 @@ def expected_product(
     magnitudes; a quantized block adds four times, for scales and offsets are rounded too.
     """
     weights = matrix.weights(num_planes).astype(np.float64)
-    if matrix.is_float:
+    form = FORMATS[matrix.format]
+    if matrix.is_float or (form.split_from and num_planes == len(form.plane_widths)):
         x = x.astype(np.float64)
         terms, magnitude = matrix.num_columns, np.abs(x) @ np.abs(weights).T
         return x @ weights.T, terms * UNIT * magnitude

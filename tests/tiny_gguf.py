@@ -13,6 +13,8 @@ HIDDEN, INNER, HEADS, KV_HEADS, LAYERS = 256, 512, 4, 2, 2
 
 QUANTIZED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
 FLOATS = ("F32", "F16", "BF16")
+SPLITS = ("BF16_SPLIT", "F16_SPLIT")
+"""How the store keeps most of the latter two."""
 
 HALVES = {"Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,)} | {
     "Q4_K": (0, 2),
@@ -31,6 +33,7 @@ def random_rows(
     name: str, num_rows: int, num_columns: int, rng: np.random.Generator, spread: float = 0.05
 ) -> NDArray[np.uint8]:
     """Rows of blocks with any codes and finite scales, uint8 (rows, bytes)."""
+    name = name.removesuffix("_SPLIT")
     if name in FLOATS:
         values = rng.normal(scale=spread, size=(num_rows, num_columns)).astype(np.float32)
         if name == "BF16":

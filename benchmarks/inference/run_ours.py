@@ -6,6 +6,7 @@ With ``options.prepare`` it only builds the weight store and the calibration, on
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 
 from recorder import Recorder, read_task
 
@@ -13,17 +14,22 @@ import mutirao
 from mutirao.inference.decoding import Counts
 from mutirao.inference.engine import Engine
 
+LITTLE_MORE_BYTES = 250_000_000
+
 
 def main() -> None:
     task = read_task()
+    is_preparing = bool(task["options"].get("prepare"))
+    # With all weights in memory nothing would be calibrated.
+    little = Path(task["model"]).stat().st_size // 2 + LITTLE_MORE_BYTES
     engine = Engine.open(
         task["model"],
-        memory=task["memory_bytes"],
+        memory=little if is_preparing else task["memory_bytes"],
         threads=task["threads"],
         context=task["context_tokens"],
         speculation=task["options"]["speculation"],
     )
-    if task["options"].get("prepare"):
+    if is_preparing:
         return
     recorder = Recorder(task)
     counts = Counts()

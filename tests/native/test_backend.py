@@ -13,7 +13,7 @@ import dataclasses
 import numpy as np
 import pytest
 from small_stores import SPECS, make_store, mixed_formats
-from tiny_gguf import FLOATS, QUANTIZED
+from tiny_gguf import FLOATS, QUANTIZED, SPLITS
 
 from mutirao.errors import InferenceError, InputError
 from mutirao.inference.architecture.program import Embed, MatMul
@@ -37,8 +37,9 @@ def store_of(tmp_path, architecture, formats):
     if formats in ("mixed", "otherwise-mixed"):
         formats = mixed_formats(spec, 0 if formats == "mixed" else 5)
     elif formats == "partly-float":
+        floats = {"attn_output": "F16", "ffn_down": "F16", "attn_k": "BF16_SPLIT"}
         formats = {
-            name: "F16" if name.endswith(("attn_output", "ffn_down")) else kind
+            name: floats.get(name.split(".")[-1], kind)
             for name, kind in mixed_formats(spec).items()
         }
     return make_store(tmp_path, spec, formats)
@@ -71,7 +72,7 @@ def tolerated(store, op):
 
 
 @pytest.mark.parametrize(
-    "formats", ["mixed", "otherwise-mixed", "partly-float", "F32", "F16", "BF16"]
+    "formats", ["mixed", "otherwise-mixed", "partly-float", "F32", "F16", "BF16", *SPLITS]
 )
 @pytest.mark.parametrize("architecture", SPECS)
 def test_every_operation_of_every_architecture(architecture, formats, tmp_path):
@@ -81,19 +82,20 @@ def test_every_operation_of_every_architecture(architecture, formats, tmp_path):
         lockstep(store, backend, ReferenceBackend(store), (tokens[:23], tokens[23:24], tokens[24:]))
 
 
-@pytest.mark.parametrize("name", [*QUANTIZED, "streamed"])
+@pytest.mark.parametrize("name", [*QUANTIZED, *SPLITS, "streamed", "BF16_SPLIT streamed"])
 def test_every_operation_of_drafts(name, tmp_path):
     """Drafts of every number of planes, resident or streamed."""
     spec = SPECS["qwen2"]
-    store = make_store(tmp_path, spec, "Q6_K" if name == "streamed" else name)
+    is_streamed = name.endswith("streamed")
+    store = make_store(tmp_path, spec, "Q6_K" if name == "streamed" else name.split()[0])
     tokens = tokens_of(spec, 9)
     for planes in range(1, len(store.tensors["token_embd"].planes)):
-        kept = dict.fromkeys(store.tensors, NOTHING if name == "streamed" else planes)
+        kept = dict.fromkeys(store.tensors, NOTHING if is_streamed else planes)
         # The oracle reads drafts' rows of the embedding too; the engine reads whole ones.
         drafts = {each: planes for each in store.tensors if each != "token_embd"}
         kept["token_embd"] = NOTHING
         with NativeBackend(store, placement(resident=kept)) as backend:
-            if name == "streamed":
+            if is_streamed:
                 for each in drafts:
                     backend.set_draft_planes(each, planes)
             oracle = ReferenceBackend(store, draft_planes=drafts)
@@ -170,7 +172,7 @@ def test_tokens_run_again_replace_those_that_lay_there(tmp_path):
         np.testing.assert_array_equal(backend.run(tokens[11:], 11), expected)
 
 
-@pytest.mark.parametrize("name", [*QUANTIZED, *FLOATS])
+@pytest.mark.parametrize("name", [*QUANTIZED, *FLOATS, *SPLITS])
 @pytest.mark.parametrize("by_position", [False, True])
 def test_rows_are_looked_up_wherever_their_planes_lie(name, by_position, tmp_path):
     """Exactly the weights of the oracle: in memory, streamed, or some planes each."""

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy import stats
 from small_stores import SPECS, make_store, mixed_formats, small_spec
-from tiny_gguf import QUANTIZED
+from tiny_gguf import QUANTIZED, SPLITS
 
 from mutirao.inference.decoding import Counts, Decoder
 from mutirao.inference.native.backend import NOTHING, NativeBackend, Placement
@@ -47,9 +47,11 @@ def generate(backend, prompt, num, *, max_draft, sampling=None, has_draft=True, 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma3", "opt"])
 @pytest.mark.parametrize("fewer", [1, 2])
-def test_greedy_tokens_are_those_without_drafts(architecture, fewer, tmp_path):
+@pytest.mark.parametrize("formats", ["mixed", *SPLITS])
+def test_greedy_tokens_are_those_without_drafts(architecture, fewer, formats, tmp_path):
     spec = dataclasses.replace(SPECS[architecture], tied_head=False)
-    store = make_store(tmp_path, spec, mixed_formats(spec), spread=0.12)
+    formats = mixed_formats(spec) if formats == "mixed" else formats
+    store = make_store(tmp_path, spec, formats, spread=0.12)
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, 300, n).tolist() for n in (1, 2, 9)] + [[5, 6, 7, 8] * 6]
     with NativeBackend(store, placement({}, num_threads=1)) as whole:
@@ -115,7 +117,7 @@ def test_drawn_tokens_have_the_models_distribution(tmp_path):
         assert p_value(counts, joint(backend, prompt, 3, 4, sampling, "draft")) < REFUSED
 
 
-@pytest.mark.parametrize("name", QUANTIZED)
+@pytest.mark.parametrize("name", [*QUANTIZED, *SPLITS])
 def test_a_conversation_goes_on_as_on_a_fresh_cache(name, tmp_path):
     store = make_store(tmp_path, SPECS["llama"], name, spread=0.12)
     with NativeBackend(store, placement(upper_planes(store))) as backend:

@@ -12,9 +12,10 @@ import itertools
 import numpy as np
 import pytest
 from kernel_calls import INSTRUCTION_SETS, Matrix, expected_product, is_supported, product
-from tiny_gguf import FLOATS, HALVES, QUANTIZED, block_bytes
+from tiny_gguf import FLOATS, HALVES, QUANTIZED, SPLITS, block_bytes
 
 from mutirao.inference.store.plane_formats import FORMATS
+from mutirao.inference.store.planes import floats_of
 
 ROWS = (1, 15, 16, 17, 33)
 MOST_TOKENS = 17
@@ -25,6 +26,8 @@ BLOCKS_32 = tuple(name for name in QUANTIZED if name not in K_QUANTS)
 def columns_of(name):
     if name in FLOATS:
         return (1, 3, 50)
+    if name in SPLITS:
+        return (32, 96)
     return (256, 768) if name in K_QUANTS else (32, 96, 320)
 
 
@@ -40,7 +43,7 @@ def isas(library):
     return [name for name in INSTRUCTION_SETS if is_supported(name)]
 
 
-@pytest.mark.parametrize("name", [*QUANTIZED, *FLOATS])
+@pytest.mark.parametrize("name", [*QUANTIZED, *FLOATS, *SPLITS])
 def test_products(name, isas):
     num_planes = len(FORMATS[name].plane_widths)
     for rows, columns in itertools.product(ROWS, columns_of(name)):
@@ -56,7 +59,7 @@ def test_products(name, isas):
                 np.testing.assert_array_equal(got, base, f"{rows} {columns} {planes} {isa}")
 
 
-@pytest.mark.parametrize("name", [*QUANTIZED, *FLOATS])
+@pytest.mark.parametrize("name", [*QUANTIZED, *FLOATS, *SPLITS])
 def test_a_tokens_product_does_not_depend_on_the_others(name, isas):
     columns = columns_of(name)[1]
     matrix = Matrix.random(name, 33, columns)
@@ -71,7 +74,7 @@ def test_a_tokens_product_does_not_depend_on_the_others(name, isas):
 
 def test_fewer_planes_are_other_weights(isas):
     """The comparisons above would notice a plane that is left out."""
-    for name in QUANTIZED:
+    for name in (*QUANTIZED, *SPLITS):
         matrix, x = Matrix.random(name, 16, 256), inputs(1, 256)
         for planes in range(2, len(FORMATS[name].plane_widths) + 1):
             fewer = product(matrix, x, isas[0], num_planes=planes - 1)
@@ -101,6 +104,36 @@ def test_nothing_to_multiply(name, isa):
     matrix, bias = Matrix.random(name, 17, 0), np.arange(17, dtype=np.float32)
     got = product(matrix, inputs(2, 0), isa, bias=bias)
     np.testing.assert_array_equal(got, [bias, bias])
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_split_floats_are_multiplied_as_the_floats_they_are(name, isa):
+    x = inputs(5, 96)
+    split = Matrix.random(name, 33, 96)
+    plain = Matrix.random(name.removesuffix("_SPLIT"), 33, 96)
+    np.testing.assert_array_equal(product(split, x, isa), product(plain, x, isa))
+
+
+def every_number(name):
+    """A matrix of all finite numbers of a format, in no order, zeros and their signs included."""
+    numbers = np.random.default_rng(0).permutation(np.arange(1 << 16, dtype=np.uint16))
+    if name == "F16_SPLIT":
+        numbers[(numbers & 0x7C00) == 0x7C00] = 0x8000
+    else:  # within 32 octaves
+        numbers = (numbers & 0x8FFF) + 0x3000
+        numbers[::7], numbers[3::7] = 0, 0x8000
+    return numbers.reshape(512, 128)
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_every_number_is_made_whole(name, isa):
+    """Multiplied by the unit matrix: the sum of a number and zeros is itself."""
+    numbers = every_number(name)
+    split = Matrix.of(name, *numbers.shape, numbers.tobytes())
+    expected = floats_of(numbers.tobytes(), name.removesuffix("_SPLIT")).reshape(numbers.shape)
+    for merged in (False, True):
+        got = product(split, np.eye(128, dtype=np.float32), isa, merged=merged)
+        np.testing.assert_array_equal(got, expected.T)
 
 
 def extreme_matrix(name, byte):

@@ -10,7 +10,7 @@ import threading
 import numpy as np
 import pytest
 from small_stores import SPECS, make_store, mixed_formats
-from tiny_gguf import FLOATS
+from tiny_gguf import FLOATS, SPLITS
 
 from mutirao.errors import InferenceError
 from mutirao.inference.native.backend import ALL_PLANES, NOTHING, NativeBackend, Placement
@@ -24,10 +24,11 @@ LARGEST_SLAB = 1 << 20
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-    """Every quantized format; one matrix of each float format."""
+    """Every quantized format; one matrix of each float format, whole and split."""
     formats = mixed_formats(SPEC)
-    for index, name in enumerate(("blk.0.attn_v", "blk.1.ffn_up", "output")):
-        formats[name] = FLOATS[index]
+    floats = ("blk.0.attn_v", "blk.1.ffn_up", "output", "blk.0.ffn_down", "blk.1.attn_output")
+    for name, form in zip(floats, (*FLOATS, *SPLITS), strict=True):
+        formats[name] = form
     return make_store(tmp_path_factory.mktemp("store"), SPEC, formats)
 
 
@@ -56,15 +57,16 @@ def check(store, expected, resident, **changes):
 
 
 @pytest.mark.parametrize("direct", [True, False])
-@pytest.mark.parametrize("planes", [NOTHING, 0, 1, 2, 3, 4])
+@pytest.mark.parametrize("planes", [NOTHING, 0, 1, 2, 3, 4, 5])
 def test_any_number_of_planes(store, expected, planes, direct):
     resident = dict.fromkeys(store.tensors, planes)
     for num_threads in (1, 2, 3):
         check(store, expected, resident, direct=direct, num_threads=num_threads)
 
 
-def test_all_resident_reads_nothing(store, expected):
-    assert check(store, expected, {"token_embd": ALL_PLANES}) == 0
+@pytest.mark.parametrize("joined", [True, False])
+def test_all_resident_reads_nothing(store, expected, joined):
+    assert check(store, expected, {"token_embd": ALL_PLANES}, joined=joined) == 0
 
 
 def test_any_mixture(store, expected):
@@ -81,6 +83,7 @@ def test_any_mixture(store, expected):
             "piece_bytes": rng.choice([1, 1 << 14, 1 << 18]),
             "max_tokens": rng.choice([3, 64]),
             "direct": rng.random() < 0.5,
+            "joined": rng.random() < 0.5,
             "kernels": rng.choice(["", "scalar"]),
         }
         if changes["max_tokens"] == 3:

@@ -461,6 +461,7 @@ def _all_resident(
     total = sum(each.num_bytes for each in multiplied(program, store.tensors))
     placement = Placement(
         resident,
+        joined=True,
         num_threads=threads,
         direct=direct,
         max_tokens=min(PREFILL_TOKENS, context),

@@ -5,7 +5,8 @@ place where no compiler is. Each matrix is dequantized to float32 when first use
 four bytes per weight.
 
 It rounds where the kernel rounds. Before a quantized matrix, activations are int8 codes with one
-scale per block of 32 columns; before a float matrix they stay float32; keys and values are
+scale per block of 32 columns; before a float matrix they stay float32 (split floats are floats
+when whole, codes in a draft); keys and values are
 kept in float16. Sums are float32 in whatever order PyTorch takes, so agreement with the kernel is
 to a tolerance. With ``exact_activations`` none of this rounding is done, which leaves the
 mathematics of the model with its weights as they are.
@@ -192,10 +193,7 @@ class ReferenceBackend:
         Raises:
             ArtifactError: it was altered in the store, or cannot be read.
         """
-        stored = self._store.tensors[name]
-        num_planes = len(stored.planes)
-        if mode == "draft":
-            num_planes = self._draft_planes.get(name, num_planes)
+        stored, num_planes = self._store.tensors[name], self._num_planes(name, mode)
         key = (name, num_planes)
         if key not in self._matrices:
             scales, codes = self._store.load(name)
@@ -204,6 +202,16 @@ class ReferenceBackend:
             )
             self._matrices[key] = torch.from_numpy(weight)
         return self._matrices[key]
+
+    def _num_planes(self, name: str, mode: Mode) -> int:
+        most = len(self._store.tensors[name].planes)
+        return self._draft_planes.get(name, most) if mode == "draft" else most
+
+    def _reads_codes(self, name: str, mode: Mode) -> bool:
+        """Whether a matrix is multiplied as integer codes."""
+        form = planes.find_format(self._store.tensors[name].format)
+        is_whole = self._num_planes(name, mode) == len(form.plane_widths)
+        return not form.is_float and not (form.split_from and is_whole)
 
     def _check(self, tokens: Sequence[int], position: int, logits: str, mode: str) -> None:
         if logits not in ("last", "all", "none") or mode not in ("full", "draft"):
@@ -245,7 +253,7 @@ class ReferenceBackend:
 
     def _matmul(self, op: ops.MatMul, state: Pass) -> None:
         weight = self.matrix(op.weight, state.mode)
-        is_quantized = self._store.tensors[op.weight].scales is not None
+        is_quantized = self._reads_codes(op.weight, state.mode)
         product = matmul(
             state.buffers[op.input],
             weight,

@@ -57,7 +57,7 @@ NOTHING = -1
 """In a placement: scales and planes are all streamed, or read by rows."""
 
 _KINDS = {"F32": 1, "F16": 2, "BF16": 3}
-_SCALES = {"": 0, "H": 1, "HM": 2, "K6": 3, "K8": 4}
+_SCALES = {"": 0, "H": 1, "HM": 2, "K6": 3, "K8": 4, "E": 5}
 _FUNCTIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu": 3}
 _OPS: tuple[type, ...] = (
     *(Embed, Scale, RMSNorm, LayerNorm, MatMul, Rope, Attention, Activation, Add),
@@ -72,6 +72,8 @@ class Placement:
 
     resident: Mapping[str, int] = field(default_factory=dict)
     """By matrix: planes in memory (with the scales), ALL_PLANES, or NOTHING; default all."""
+    joined: bool = False
+    """Split floats that are wholly resident lie in memory as plain ones: larger, but faster."""
     num_threads: int = 2
     num_readers: int = 8
     direct: bool = True
@@ -464,6 +466,8 @@ def _tensor(stored: StoredTensor, placement: Placement) -> TensorDescription:
         num_planes=len(stored.planes),
         widths=(ctypes.c_int32 * 5)(*form.plane_widths),
         resident_planes=resident_planes(stored, placement),
+        whole_kind=_KINDS.get(form.split_from, 0),
+        joined=int(placement.joined),
         centre=-float(form.code_offset),
         scales=_extent(stored.scales),
         planes=(Extent * 5)(*(_extent(each) for each in stored.planes)),

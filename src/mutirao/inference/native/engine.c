@@ -78,6 +78,7 @@ typedef struct {
     int64_t page_halves, head_halves;
     float **scores;      /* by thread */
     uint8_t **row_bytes; /* by thread */
+    uint16_t **joined;   /* by thread: a panel of split floats made whole */
     int64_t row_bytes_read;
     run_request now;
     const uint8_t *piece_at;
@@ -150,10 +151,11 @@ EXPORT int engine_describe(engine *e, const tensor_description *tensors, int num
     memcpy(e->ops, ops, (size_t)num_ops * sizeof *ops);
     memcpy(e->checksums, checksums, (size_t)num_checksums * sizeof *checksums);
     e->num_tensors = num_tensors, e->num_vectors = num_vectors, e->num_buffers = num_buffers, e->num_ops = num_ops;
-    int max_columns = 32;
+    int max_columns = 32, max_split = 0;
     for (int i = 0; i < num_tensors; i++) {
         e->tensors[i].is = tensors[i];
         if (tensors[i].num_columns > max_columns) max_columns = tensors[i].num_columns;
+        if (tensors[i].whole_kind && tensors[i].num_columns > max_split) max_split = tensors[i].num_columns;
     }
     for (int i = 0; i < num_vectors; i++) {
         vector *v = &e->vectors[i];
@@ -187,11 +189,13 @@ EXPORT int engine_describe(engine *e, const tensor_description *tensors, int num
     e->pages = calloc((size_t)e->set.max_positions / KV_PAGE_TOKENS + 2, sizeof *e->pages);
     e->scores = calloc((size_t)e->set.num_threads, sizeof *e->scores);
     e->row_bytes = calloc((size_t)e->set.num_threads, sizeof *e->row_bytes);
-    if (!e->codes || !e->scales || !e->sums32 || !e->sums16 || !e->pages || !e->scores || !e->row_bytes)
+    e->joined = calloc((size_t)e->set.num_threads, sizeof *e->joined);
+    if (!e->codes || !e->scales || !e->sums32 || !e->sums16 || !e->pages || !e->scores || !e->row_bytes || !e->joined)
         return fail(e, "out of memory"), -1;
     for (int t = 0; t < e->set.num_threads; t++) {
         e->scores[t] = new_floats(e->set.max_positions + 2 * KV_PAGE_TOKENS);
-        if (!e->scores[t]) return fail(e, "out of memory"), -1;
+        e->joined[t] = (uint16_t *)new_floats((int64_t)max_split * PANEL_ROWS / 2);
+        if (!e->scores[t] || !e->joined[t]) return fail(e, "out of memory"), -1;
     }
     return 0;
 }
@@ -231,6 +235,12 @@ static int64_t count_pieces(const engine *e) {
     return num;
 }
 
+/* Bytes of one panel of a group of resident planes. */
+static int64_t group_bytes(const tensor *t, int g) {
+    const int kind = is_joined(&t->is) ? t->is.whole_kind : t->is.kind;
+    return panel_plane_bytes(kind, t->group_widths[g], t->is.num_columns);
+}
+
 typedef struct {
     engine *e;
     atomic_int next;
@@ -238,7 +248,7 @@ typedef struct {
 
 /* Read one slab's resident extents and put them, merged, in their places. */
 static int load_slab(engine *e, int file, tensor *t, int begin, int end, uint8_t *staging) {
-    const uint8_t *planes[MAX_PLANES];
+    const uint8_t *planes[MAX_PLANES] = {0}, *scales = NULL;
     uint8_t *to = staging;
     const int count = end - begin;
     for (int which = 0; which <= t->is.resident_planes; which++) {
@@ -250,9 +260,20 @@ static int load_slab(engine *e, int file, tensor *t, int begin, int end, uint8_t
         uint8_t *bytes = to + (from - offset);
         if (!slabs_match(t, which, begin, end, bytes, e->checksums))
             return fail(e, "the weight store is damaged: a checksum does not match"), -1;
-        if (which == 0) memcpy(t->scales + begin * stride, bytes, (size_t)(count * stride));
+        if (which == 0 && is_joined(&t->is)) scales = bytes;
+        else if (which == 0) memcpy(t->scales + begin * stride, bytes, (size_t)(count * stride));
         else planes[which - 1] = bytes;
         to += length;
+    }
+    if (is_joined(&t->is)) {
+        matrix_view v = {.bits = t->is.bits, .scales_kind = t->is.scales_kind, .num_columns = t->is.num_columns,
+                         .num_planes = t->is.num_planes, .whole = t->is.whole_kind, .scales = scales};
+        memcpy(v.planes, planes, sizeof planes);
+        memcpy(v.widths, t->is.widths, sizeof v.widths);
+        const int64_t stride = panel_plane_bytes(t->is.whole_kind, 16, t->is.num_columns);
+        for (int panel = 0; panel < count; panel++)
+            e->kernels->join(&v, panel, (uint16_t *)(t->groups[0] + (begin + panel) * stride));
+        return 0;
     }
     for (int g = 0, plane = 0; g < t->num_groups; g++) {
         const int width = t->group_widths[g];
@@ -323,11 +344,13 @@ EXPORT int engine_load(engine *e) {
         tensor *t = &e->tensors[i];
         t->num_groups = merge_plan(&t->is, t->group_widths);
         if (t->is.resident_planes < 0) continue;
-        t->scales = place;
-        place += (panel_bytes(t, 0) * num_panels(t) + 63) / 64 * 64;
+        if (!is_joined(&t->is)) {
+            t->scales = place;
+            place += (panel_bytes(t, 0) * num_panels(t) + 63) / 64 * 64;
+        }
         for (int g = 0; g < t->num_groups; g++) {
             t->groups[g] = place;
-            place += panel_plane_bytes(t->is.kind, t->group_widths[g], t->is.num_columns) * num_panels(t);
+            place += group_bytes(t, g) * num_panels(t);
         }
     }
     load_job job = {e, 0};
@@ -376,20 +399,22 @@ EXPORT void engine_destroy(engine *e) {
     for (int t = 0; t < e->set.num_threads; t++) {
         if (e->scores) free(e->scores[t]);
         if (e->row_bytes) free(e->row_bytes[t]);
+        if (e->joined) free(e->joined[t]);
     }
     for (int i = 0; e->pages && i < e->set.max_positions / KV_PAGE_TOKENS + 2; i++) free(e->pages[i]);
     free(e->tensors), free(e->vectors), free(e->buffers), free(e->ops), free(e->checksums), free(e->pieces);
-    free(e->codes), free(e->scales), free(e->sums32), free(e->sums16), free(e->pages), free(e->scores), free(e->row_bytes);
+    free(e->codes), free(e->scales), free(e->sums32), free(e->sums16), free(e->pages), free(e->scores), free(e->row_bytes), free(e->joined);
     free(e);
 }
 
 /* ---- Running ---------------------------------------------------------------------------------- */
 
 /* The planes to multiply for panels of one piece, or of the resident tensor where there is none. */
-static matrix_view view_of(const tensor *t, int draft, const piece *p, const uint8_t *place) {
+static matrix_view view_of(const tensor *t, int draft, const piece *p, const uint8_t *place, uint16_t *joined) {
     const tensor_description *is = &t->is;
-    matrix_view v = {.kind = is->kind, .bits = is->bits, .scales_kind = is->scales_kind, .num_rows = is->num_rows,
-                     .num_columns = is->num_columns, .scales = t->scales, .offset = is->centre};
+    matrix_view v = {.kind = is_joined(is) ? is->whole_kind : is->kind, .bits = is->bits, .scales_kind = is->scales_kind,
+                     .num_rows = is->num_rows, .num_columns = is->num_columns, .scales = t->scales, .offset = is->centre,
+                     .joined = joined};
     int bits = 0;
     for (int g = 0; g < t->num_groups; g++) {
         v.planes[v.num_planes] = t->groups[g];
@@ -404,7 +429,8 @@ static matrix_view view_of(const tensor *t, int draft, const piece *p, const uin
             bits += v.widths[v.num_planes++] = is->widths[which - 1];
         }
     }
-    if (is->kind == KIND_CODES) v.offset += 0.5f * (float)((1 << (is->bits - bits)) - 1);
+    if (is->whole_kind && bits > is->bits) v.whole = is_joined(is) ? 0 : is->whole_kind;
+    else if (is->kind == KIND_CODES) v.offset += 0.5f * (float)((1 << (is->bits - bits)) - 1);
     return v;
 }
 
@@ -436,7 +462,7 @@ static void run_matmul(engine *e, const op *o, int thread, int num_rows) {
         pool_barrier(e->threads);
     }
     if (t->num_pieces == 0 || (draft && !t->draft_planes && t->is.resident_planes > 0)) {
-        const matrix_view v = view_of(t, draft, NULL, NULL);
+        const matrix_view v = view_of(t, draft, NULL, NULL, e->joined[thread]);
         multiply(e, o, &v, 0, num_panels(t), thread, num_rows);
         return;
     }
@@ -449,7 +475,7 @@ static void run_matmul(engine *e, const op *o, int thread, int num_rows) {
         pool_barrier(e->threads);
         const uint8_t *place = e->piece_at;
         if (!place) return;
-        const matrix_view v = view_of(t, draft, p, place);
+        const matrix_view v = view_of(t, draft, p, place, e->joined[thread]);
         multiply(e, o, &v, p->begin, p->end, thread, num_rows);
         if (thread == 0) stream_release(e->reader);
     }
@@ -458,15 +484,15 @@ static void run_matmul(engine *e, const op *o, int thread, int num_rows) {
 /* A row of a matrix whose planes may lie in memory or in the file. */
 static int read_row(engine *e, const tensor *t, int row, int thread, float *out) {
     const int panel = row / PANEL_ROWS;
-    const uint8_t *planes[MAX_PLANES], *scales = NULL;
-    int widths[MAX_PLANES], num = 0;
+    const uint8_t *planes[MAX_PLANES] = {0}, *scales = NULL;
+    int widths[MAX_PLANES] = {0}, num = 0;
     if (!e->row_bytes[thread]) e->row_bytes[thread] = malloc((size_t)largest_slab(e));
     if (!e->row_bytes[thread]) return fail(e, "out of memory"), -1;
     uint8_t *to = e->row_bytes[thread];
     if (t->scales) scales = t->scales + panel * panel_bytes(t, 0);
     for (int g = 0; g < t->num_groups; g++) {
         widths[num] = t->group_widths[g];
-        planes[num++] = t->groups[g] + panel * panel_plane_bytes(t->is.kind, t->group_widths[g], t->is.num_columns);
+        planes[num++] = t->groups[g] + panel * group_bytes(t, g);
     }
     for (int which = t->is.resident_planes + 1; which <= t->is.num_planes; which++) {
         const int64_t length = panel_bytes(t, which);
@@ -477,7 +503,19 @@ static int read_row(engine *e, const tensor *t, int row, int thread, float *out)
         __atomic_fetch_add(&e->row_bytes_read, length, __ATOMIC_RELAXED);
         to += length;
     }
-    decode_row(&t->is, scales, planes, widths, num, row % PANEL_ROWS, out);
+    tensor_description is = t->is;
+    if (is.whole_kind) {
+        if (!is_joined(&is)) {
+            matrix_view v = {.bits = is.bits, .scales_kind = is.scales_kind, .num_columns = is.num_columns,
+                             .num_planes = num, .whole = is.whole_kind, .scales = scales};
+            memcpy(v.planes, planes, sizeof planes);
+            memcpy(v.widths, widths, sizeof widths);
+            e->kernels->join(&v, 0, e->joined[thread]);
+            planes[0] = (const uint8_t *)e->joined[thread];
+        }
+        is.kind = is.whole_kind;
+    }
+    decode_row(&is, scales, planes, widths, num, row % PANEL_ROWS, out);
     return 0;
 }
 
@@ -659,10 +697,11 @@ EXPORT int kernels_matmul(const char *name, const tensor_description *is, int nu
     for (int i = 0; is->kind == KIND_CODES && i < num_tokens; i++)
         k->quantize(x + (int64_t)i * is->num_columns, 0, is->num_columns / 32, codes + (int64_t)i * stride,
                     scales_x + i * block_stride, sums32 + i * block_stride, sums16 + 2 * i * block_stride);
-    const matrix_view v = view_of(&t, 0, NULL, NULL);
+    uint16_t *joined = (uint16_t *)new_floats((int64_t)is->num_columns * PANEL_ROWS / 2);
+    const matrix_view v = view_of(&t, 0, NULL, NULL, joined);
     const activations a = {x, codes, scales_x, sums32, sums16, is->num_columns, stride, block_stride};
     k->matmul(&v, &a, 0, num_panels(&t), num_tokens, out, out_stride, bias, accumulate);
     for (int g = 0; g < MAX_PLANES; g++) free(owned[g]);
-    free(codes), free(scales_x), free(sums32), free(sums16);
+    free(codes), free(scales_x), free(sums32), free(sums16), free(joined);
     return 0;
 }

@@ -12,7 +12,7 @@
 enum { PANEL_ROWS = 16, BLOCK_COLUMNS = 32, SUPERBLOCK_COLUMNS = 256, LINE_BYTES = 64 };
 enum { MAX_PLANES = 5, KV_PAGE_TOKENS = 16 };
 enum { KIND_CODES, KIND_F32, KIND_F16, KIND_BF16 };
-enum { SCALES_NONE, SCALES_H, SCALES_HM, SCALES_K6, SCALES_K8 };
+enum { SCALES_NONE, SCALES_H, SCALES_HM, SCALES_K6, SCALES_K8, SCALES_E };
 enum { ACTIVATION_SILU, ACTIVATION_GELU_TANH, ACTIVATION_GELU, ACTIVATION_RELU };
 
 /* A matrix, or those bit planes of one that are to be multiplied. */
@@ -20,10 +20,12 @@ typedef struct {
     int kind, bits, scales_kind;
     int num_rows, num_columns;
     int num_planes;
-    int widths[MAX_PLANES];             /* bits of each plane, most significant first: 1, 2, 4 or 8 */
+    int whole;                          /* not 0: the last plane is the rest of floats of this kind */
+    int widths[MAX_PLANES];             /* bits of each plane, most significant first: 1, 2, 4, 8 or 10 */
     const uint8_t *planes[MAX_PLANES];  /* (panels, blocks, width, 64); floats: (panels, columns, 16) */
     const uint8_t *scales;              /* (panels, blocks or superblocks, bytes by kind) */
     float offset;                       /* added to each code: a centre, or the dropped bits' midpoint */
+    uint16_t *joined;                   /* scratch for a panel of whole floats: (columns, 16) */
 } matrix_view;
 
 /* Activations of several tokens, plain and quantized in blocks of 32. */
@@ -62,6 +64,8 @@ typedef struct {
                      int head_dim, int slot);
     void (*attend)(const attention_task *task);
     void (*activate)(const float *in, const float *gate, float *out, int function, int width);
+    /* One panel of split floats made whole: out (columns, 16). */
+    void (*join)(const matrix_view *w, int panel, uint16_t *out);
 } kernel_table;
 
 extern const kernel_table kernels_scalar;
@@ -75,6 +79,7 @@ static inline int64_t panel_scale_bytes(int scales_kind, int num_columns) {
     case SCALES_HM: return (int64_t)(num_columns / BLOCK_COLUMNS) * 64;
     case SCALES_K6: return (int64_t)(num_columns / SUPERBLOCK_COLUMNS) * 256;
     case SCALES_K8: return (int64_t)(num_columns / SUPERBLOCK_COLUMNS) * 288;
+    case SCALES_E: return (int64_t)(num_columns / BLOCK_COLUMNS) * 16;
     default: return 0;
     }
 }
@@ -84,5 +89,12 @@ static inline int64_t panel_plane_bytes(int kind, int width, int num_columns) {
     if (kind == KIND_CODES) return (int64_t)(num_columns / BLOCK_COLUMNS) * width * LINE_BYTES;
     return (int64_t)num_columns * PANEL_ROWS * (kind == KIND_F32 ? 4 : 2);
 }
+
+/* Split floats, see store/split_floats.py: bits of a mantissa, of a rest, and what makes a kept
+ * exponent the number's own. */
+enum { SPLIT_CELLS = 32 };
+static inline int split_mantissa_bits(int kind) { return kind == KIND_BF16 ? 7 : 10; }
+static inline int split_rest_bits(int kind) { return kind == KIND_BF16 ? 8 : 10; }
+static inline int split_exponent_shift(int kind) { return kind == KIND_BF16 ? 0 : 112; }
 
 #endif

@@ -78,6 +78,17 @@ INLINE void read_scales_k8(const uint8_t *group, float code_offset, block_scales
     }
 }
 
+/* A power of two for each block (split floats): twice, as codes of six bits have two halves. */
+INLINE void read_scales_e(const uint8_t *group, float code_offset, block_scales *out) {
+    uint32_t bits[PANEL_ROWS];
+    for (int r = 0; r < PANEL_ROWS; r++) bits[r] = (uint32_t)group[r] << 23;
+    memcpy(out->scale[0], bits, sizeof bits);
+    memcpy(out->scale[1], bits, sizeof bits);
+    const vf offset = vf_mul(vf_load(out->scale[0]), vf_set(code_offset));
+    vf_store(out->offset[0], offset);
+    vf_store(out->offset[1], offset);
+}
+
 /* One half-precision scale, with or without a minimum, for each block. */
 INLINE void read_scales_h(const uint8_t *group, int with_minimum, float code_offset, block_scales *out) {
     vf scale = vf_from_f16((const uint16_t *)group);
@@ -118,6 +129,8 @@ TILE void codes_tile(const matrix_view *w, const activations *x, int panel, int 
         if (scales_kind == SCALES_K6) {
             sub = b & 7;
             if (sub == 0) read_scales_k6(scales + (b >> 3) * 256, code_offset, &group);
+        } else if (bits == 6 && scales_kind == SCALES_E) {
+            read_scales_e(scales + b * PANEL_ROWS, code_offset, &group);
         } else if (bits == 6) {
             sub = 2 * (b & 7);
             if (sub == 0) read_scales_k8(scales + (b >> 3) * 288, code_offset, &group);
@@ -262,8 +275,89 @@ static tile_function *const *tiles_of(const matrix_view *w) {
     return 0;
 }
 
+/* ---- Split floats --------------------------------------------------------------------------- */
+
+typedef int32_t lanes __attribute__((vector_size(64))); /* sixteen, whatever the instruction set */
+typedef float float_lanes __attribute__((vector_size(64)));
+typedef uint8_t byte_lanes __attribute__((vector_size(16)));
+typedef uint16_t half_lanes __attribute__((vector_size(32)));
+
+INLINE lanes load_bytes(const uint8_t *p) {
+    byte_lanes v;
+    memcpy(&v, p, sizeof v);
+    return __builtin_convertvector(v, lanes);
+}
+
+/* How many numbers lie from s to k s, k > 0: the bits of k as a float, cut to the mantissa at hand. */
+INLINE lanes numbers_below(lanes k, const int mantissa_bits) {
+    return ((lanes)__builtin_convertvector(k, float_lanes) >> (23 - mantissa_bits)) - (127 << mantissa_bits);
+}
+
+INLINE lanes either(lanes mask, lanes a, lanes b) { return (a & mask) | (b & ~mask); }
+
+/* The bits of sixteen numbers from codes, rests, and the bits of their blocks' s. */
+INLINE lanes join_numbers(lanes code, lanes rest, lanes start, const int kind) {
+    const int mantissa_bits = split_mantissa_bits(kind), rest_bits = split_rest_bits(kind);
+    const lanes negative = code < SPLIT_CELLS, cell = either(negative, SPLIT_CELLS - 1 - code, code - SPLIT_CELLS);
+    /* Cell 0 has no numbers from s on: for it, too, the numbers below 1 s are counted. */
+    const lanes first = numbers_below(cell - (cell == 0), mantissa_bits), after = numbers_below(cell + 1, mantissa_bits);
+    const lanes small = (cell << rest_bits) + rest - after; /* which of those below s */
+    const int32_t zero = (1 << rest_bits) - 1;
+    lanes bits = start - 1 - small - (small > zero); /* a comparison is 0 or -1 */
+    bits = either(small == zero, bits - bits, bits);
+    bits = either(rest < after - first, start + first + rest, bits);
+    return bits | (negative & 0x8000);
+}
+
+INLINE void join_panel(const matrix_view *w, int panel, uint16_t *out, const int kind) {
+    const int num_blocks = w->num_columns / BLOCK_COLUMNS, last = w->num_planes - 1;
+    const uint8_t *exponents = w->scales + panel * panel_scale_bytes(w->scales_kind, w->num_columns);
+    for (int b = 0; b < num_blocks; b++, exponents += PANEL_ROWS) {
+        const int64_t line = ((int64_t)panel * num_blocks + b) * LINE_BYTES;
+        const uint8_t *rests = w->planes[last] + line * w->widths[last], *pairs = rests + BLOCK_COLUMNS * PANEL_ROWS;
+        const lanes start = (load_bytes(exponents) - split_exponent_shift(kind)) << split_mantissa_bits(kind);
+        vi codes[8];
+        UNROLL_8 for (int j = 0; j < 8; j++) codes[j] = vi_zero();
+        for (int p = 0, at = w->bits; p < last; p++) {
+            at -= w->widths[p];
+            if (w->widths[p] == 4) unpack_plane(codes, w->planes[p] + line * 4, 4, 2);
+            else if (w->widths[p] == 2 && at == 4) unpack_plane(codes, w->planes[p] + line * 2, 2, 4);
+            else if (w->widths[p] == 2) unpack_plane(codes, w->planes[p] + line * 2, 2, 0);
+            else if (at == 3) unpack_plane(codes, w->planes[p] + line, 1, 3);
+            else unpack_plane(codes, w->planes[p] + line, 1, 2);
+        }
+        for (int j = 0; j < 8; j++) {
+            lanes four;
+            memcpy(&four, &codes[j], sizeof four);
+            UNROLL_4
+            for (int i = 0; i < 4; i++, out += PANEL_ROWS) {
+                lanes rest = load_bytes(rests + (4 * j + i) * PANEL_ROWS);
+                if (kind == KIND_F16) rest |= (load_bytes(pairs + j * PANEL_ROWS) >> (2 * i) & 3) << 8;
+                const lanes bits = join_numbers(four >> (8 * i) & 63, rest, start, kind);
+                const half_lanes numbers = __builtin_convertvector(bits, half_lanes);
+                memcpy(out, &numbers, sizeof numbers);
+            }
+        }
+    }
+}
+
+static void join(const matrix_view *w, int panel, uint16_t *out) {
+    if (w->whole == KIND_BF16) join_panel(w, panel, out, KIND_BF16);
+    else join_panel(w, panel, out, KIND_F16);
+}
+
 static void matmul(const matrix_view *w, const activations *x, int begin, int end, int num_tokens,
                    float *out, int out_stride, const float *bias, int accumulate) {
+    if (w->whole) {
+        matrix_view panel = {.kind = w->whole, .num_rows = PANEL_ROWS, .num_columns = w->num_columns, .num_planes = 1,
+                             .planes = {(const uint8_t *)w->joined}};
+        for (int p = begin; p < end; p++) {
+            join(w, p, w->joined);
+            matmul(&panel, x, 0, 1, num_tokens, out + (int64_t)p * PANEL_ROWS, out_stride,
+                   bias ? bias + p * PANEL_ROWS : NULL, accumulate);
+        }
+        return;
+    }
     tile_function *const *tiles = tiles_of(w);
     for (int panel = begin; panel < end; panel++)
         for (int token = 0; token < num_tokens;) {
@@ -498,4 +592,4 @@ static void attend(const attention_task *task) {
 }
 
 const kernel_table KERNELS = {KERNELS_NAME, matmul,   quantize, rms_norm, layer_norm,
-                              rope,         store_kv, attend,   activate};
+                              rope,         store_kv, attend,   activate, join};

@@ -67,7 +67,7 @@ class TensorDescription(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("kind", "bits", "scales_kind")),
         *((name, ctypes.c_int32) for name in ("num_rows", "num_columns", "num_planes")),
         ("widths", ctypes.c_int32 * 5),
-        ("resident_planes", ctypes.c_int32),
+        *((name, ctypes.c_int32) for name in ("resident_planes", "whole_kind", "joined")),
         ("centre", ctypes.c_float),
         ("scales", Extent),
         ("planes", Extent * 5),
@@ -92,7 +92,7 @@ class ProbeMatrix(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_int32) for name in ("kind", "bits", "scales_kind")),
-        *((name, ctypes.c_int32) for name in ("num_rows", "num_columns", "num_planes")),
+        *((n, ctypes.c_int32) for n in ("num_rows", "num_columns", "num_planes", "whole_kind")),
         ("widths", ctypes.c_int32 * 5),
     )
 

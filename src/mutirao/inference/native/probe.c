@@ -12,7 +12,7 @@
 
 /* Mirrors inference/planning/probe.py. */
 typedef struct {
-    int32_t kind, bits, scales_kind, num_rows, num_columns, num_planes;
+    int32_t kind, bits, scales_kind, num_rows, num_columns, num_planes, whole_kind;
     int32_t widths[MAX_PLANES];
 } probe_matrix;
 
@@ -28,6 +28,7 @@ typedef struct {
     int num_tasks, num_rounds;
     int row_op;
     float *rows;
+    uint16_t *joined; /* a panel for each thread, where floats are split */
 } probe_job;
 
 static double now_s(void) {
@@ -51,8 +52,10 @@ static void multiply(void *given, int thread) {
     probe_job *job = given;
     const int count = (job->view.num_rows + PANEL_ROWS - 1) / PANEL_ROWS;
     const int portion = count / (job->num_threads * 8) + 1, loop = pool_share(job->threads, thread);
+    matrix_view view = job->view;
+    view.joined = job->joined + (int64_t)thread * view.num_columns * PANEL_ROWS;
     for (int a, b; pool_take(job->threads, loop, count, portion, &a, &b);)
-        job->kernels->matmul(&job->view, &job->x, a, b, job->num_tokens, job->out, job->out_stride, NULL, 0);
+        job->kernels->matmul(&view, &job->x, a, b, job->num_tokens, job->out, job->out_stride, NULL, 0);
     pool_barrier(job->threads);
 }
 
@@ -114,6 +117,7 @@ EXPORT int probe_matmul(const char *name, int num_threads, const probe_matrix *i
     int64_t at = panels * panel_scale_bytes(is->scales_kind, is->num_columns);
     job.view = (matrix_view){.kind = is->kind, .bits = is->bits, .scales_kind = is->scales_kind, .num_rows = is->num_rows,
                              .num_columns = is->num_columns, .num_planes = is->num_planes, .scales = bytes};
+    job.view.whole = is->whole_kind;
     for (int p = 0; p < is->num_planes; p++) {
         job.view.widths[p] = is->widths[p];
         job.view.planes[p] = bytes + at;
@@ -124,15 +128,16 @@ EXPORT int probe_matmul(const char *name, int num_threads, const probe_matrix *i
     int8_t *codes = room((int64_t)stride * num_tokens);
     job.out_stride = (int)panels * PANEL_ROWS;
     job.out = room((int64_t)job.out_stride * num_tokens * 4);
+    job.joined = room((int64_t)num_threads * is->num_columns * PANEL_ROWS * 2);
     job.threads = pool_create(num_threads);
-    const int wrong = !x || !sums || !codes || !job.out || !job.threads;
+    const int wrong = !x || !sums || !codes || !job.out || !job.joined || !job.threads;
     if (!wrong) {
         const int64_t each = (int64_t)blocks * num_tokens;
         job.x = (activations){x, codes, sums, sums + each, sums + 2 * each, stride, stride, blocks};
         repeat(&job, multiply, num, seconds);
     }
     pool_destroy(job.threads);
-    free(x), free(sums), free(codes), free(job.out);
+    free(x), free(sums), free(codes), free(job.out), free(job.joined);
     return wrong ? -1 : 0;
 }
 

@@ -12,10 +12,18 @@ int64_t panel_bytes(const tensor *t, int which) {
 
 const extent *extent_of(const tensor *t, int which) { return which ? &t->is.planes[which - 1] : &t->is.scales; }
 
+int is_joined(const tensor_description *is) {
+    return is->whole_kind && is->joined && is->resident_planes == is->num_planes;
+}
+
 int merge_plan(const tensor_description *is, int widths[MAX_PLANES]) {
     const int resident = is->resident_planes;
     int num = 0, i = 0;
     if (resident <= 0) return 0;
+    if (is_joined(is)) {
+        widths[0] = 16;
+        return 1;
+    }
     if (is->kind == KIND_CODES && is->bits == 8 && resident == 5) {
         widths[0] = 8;
         return 1;
@@ -27,6 +35,7 @@ int merge_plan(const tensor_description *is, int widths[MAX_PLANES]) {
 
 int64_t resident_bytes(const tensor *t) {
     if (t->is.resident_planes < 0) return 0;
+    if (is_joined(&t->is)) return panel_plane_bytes(t->is.whole_kind, 16, t->is.num_columns) * num_panels(t);
     int64_t sum = panel_bytes(t, 0);
     for (int i = 0; i < t->is.resident_planes; i++) sum += panel_bytes(t, 1 + i);
     return sum * num_panels(t);
@@ -134,17 +143,24 @@ static float code_value(const tensor_description *is, const uint8_t *scales, int
     }
 }
 
+static float float_of(int kind, uint16_t number) {
+    if (kind == KIND_F16) return half((const uint8_t *)&number);
+    const uint32_t bits = (uint32_t)number << 16;
+    float f;
+    memcpy(&f, &bits, 4);
+    return f;
+}
+
 void decode_row(const tensor_description *is, const uint8_t *scales, const uint8_t *const *planes,
                 const int *widths, int num, int lane, float *out) {
     for (int c = 0; c < is->num_columns; c++) {
         const int64_t at = (int64_t)c * PANEL_ROWS + lane;
         if (is->kind == KIND_F32) {
             memcpy(out + c, planes[0] + 4 * at, 4);
-        } else if (is->kind == KIND_F16) {
-            out[c] = half(planes[0] + 2 * at);
-        } else if (is->kind == KIND_BF16) {
-            uint32_t bits = (uint32_t)planes[0][2 * at] << 16 | (uint32_t)planes[0][2 * at + 1] << 24;
-            memcpy(out + c, &bits, 4);
+        } else if (is->kind != KIND_CODES) {
+            uint16_t number;
+            memcpy(&number, planes[0] + 2 * at, 2);
+            out[c] = float_of(is->kind, number);
         } else {
             out[c] = code_value(is, scales, lane, c, code_at(is, planes, widths, num, lane, c));
         }

@@ -19,6 +19,8 @@ typedef struct {
     int32_t kind, bits, scales_kind, num_rows, num_columns, num_planes;
     int32_t widths[MAX_PLANES];
     int32_t resident_planes; /* -1: nothing; else the scales and this many planes */
+    int32_t whole_kind;      /* not 0: split floats; the last plane is the rest of numbers of this kind */
+    int32_t joined;          /* split floats that are wholly resident lie there as plain floats */
     float centre;            /* added to each code */
     extent scales, planes[MAX_PLANES];
 } tensor_description;
@@ -36,6 +38,8 @@ typedef struct {
 int num_panels(const tensor *t);
 int64_t panel_bytes(const tensor *t, int which); /* which: 0 scales, 1 + i plane i; resident groups not */
 const extent *extent_of(const tensor *t, int which);
+/* Whether a tensor's split floats are kept as plain ones. */
+int is_joined(const tensor_description *is);
 /* Width by which resident planes are merged; returns the number of groups. */
 int merge_plan(const tensor_description *is, int widths[MAX_PLANES]);
 int64_t resident_bytes(const tensor *t);

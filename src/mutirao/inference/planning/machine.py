@@ -19,7 +19,7 @@ from typing import Any, Self
 from mutirao.errors import FormatError
 from mutirao.inference.store.plane_formats import Format, find_format
 
-VERSION = 1
+VERSION = 2
 PRODUCT_TOKENS = (1, 2, 4, 8, 16, 64)
 """Tokens in the products that are timed: the kernels' tiles, and a chunk of a prompt."""
 LARGEST_TILE = 16
@@ -144,6 +144,10 @@ class Machine:
             return by_key[format_name, widths]
         form = find_format(format_name)
         whole = merged_widths(form, len(form.plane_widths))
+        if format_name == "F16_SPLIT":  # as BF16_SPLIT, whose rests are narrower
+            like = by_key[format_name, whole], self._costs("BF16_SPLIT", _narrow(whole))
+            known = zip(self._costs("BF16_SPLIT", _narrow(widths)), *like, strict=True)
+            return [cost * ours / theirs for cost, ours, theirs in known]
         for other in (name for name, found in by_key if found == widths):
             alike = by_key.get((other, whole))
             if find_format(other).bits == form.bits and alike and (format_name, whole) in by_key:
@@ -214,6 +218,11 @@ def merged_widths(form: Format, num_planes: int) -> tuple[int, ...]:
         return (8,)
     head = (4,) if num_planes >= 3 else form.plane_widths[:num_planes]
     return head + form.plane_widths[3:num_planes]
+
+
+def _narrow(widths: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the widths of BF16_SPLIT for those of F16_SPLIT."""
+    return tuple(8 if width == 10 else width for width in widths)
 
 
 def memory_limits() -> MemoryLimits:

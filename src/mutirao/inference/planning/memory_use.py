@@ -14,6 +14,7 @@ from mutirao.inference.architecture.program import MatMul, SelectRows, compile_p
 from mutirao.inference.native.backend import Placement, resident_planes
 from mutirao.inference.store.plane_formats import (
     PANEL_ROWS,
+    find_format,
     num_panels,
     plane_panel_bytes,
     scales_panel_bytes,
@@ -77,7 +78,8 @@ def memory_needed(
         process_bytes: what the process takes besides; measured by default.
     """
     weights = sum(
-        resident_bytes(each, resident_planes(each, placement)) for each in tensors.values()
+        resident_bytes(each, resident_planes(each, placement), joined=placement.joined)
+        for each in tensors.values()
     )
     streams = is_streaming(tensors, spec, placement)
     besides = memory_besides_weights(
@@ -131,10 +133,20 @@ def kv_cache_bytes(spec: ModelSpec, context: int) -> int:
     return -(-context // KV_PAGE_TOKENS) * KV_PAGE_TOKENS * per_position
 
 
-def resident_bytes(tensor: StoredTensor, num_planes: int) -> int:
-    """Return the bytes of a matrix with its scales and first planes in memory; -1: none."""
+def resident_bytes(tensor: StoredTensor, num_planes: int, *, joined: bool = False) -> int:
+    """Return the bytes of a matrix with its scales and first planes in memory; -1: none.
+
+    Args:
+        tensor: the matrix.
+        num_planes: resident.
+        joined: split floats that are whole lie there as plain ones.
+    """
     if num_planes < 0:
         return 0
+    form = find_format(tensor.format)
+    if joined and form.split_from and num_planes == len(form.plane_widths):
+        (panel_bytes,) = plane_panel_bytes(form.split_from, tensor.num_columns)
+        return num_panels(tensor.num_rows) * panel_bytes
     scales = scales_panel_bytes(tensor.format, tensor.num_columns)
     planes = plane_panel_bytes(tensor.format, tensor.num_columns)
     return num_panels(tensor.num_rows) * (scales + sum(planes[:num_planes]))
@@ -181,6 +193,8 @@ def _activation_bytes(
     stride = -(-columns // 64) * 64
     floats += placement.max_tokens * (stride // 4 + 4 * (stride // 32))  # codes, scales, sums
     floats += placement.num_threads * (placement.context + 2 * KV_PAGE_TOKENS)
+    split = (each.num_columns for each in tensors.values() if find_format(each.format).split_from)
+    floats += placement.num_threads * max(split, default=0) * PANEL_ROWS // 2  # a panel made whole
     frequencies = sum(size for name, (size,) in vector_shapes(spec).items() if "rope" in name)
     floats += 2 * frequencies * placement.max_tokens
     return 4 * floats

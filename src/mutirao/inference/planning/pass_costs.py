@@ -175,7 +175,9 @@ class PassCosts:
                 "keep one, or draft nothing"
             )
         if is_draft or not pieces:
-            product_s = self.machine.product_s(tensor.format, widths, weights, rows)
+            is_joined = form.split_from and self.placement.joined and not pieces
+            kind = (form.split_from, ()) if is_joined else (tensor.format, widths)
+            product_s = self.machine.product_s(*kind, weights, rows)
             return [Step(product_s + self.machine.loop_s)]
         if not form.is_float:
             widths += form.plane_widths[max(num_resident, 0) :]

@@ -203,6 +203,7 @@ def _loss(tensor: StoredTensor, keeps: int, losses: Losses | None) -> float:
     if losses is not None and tensor.name in losses:
         return float(losses[tensor.name].get(keeps, float("inf")))
     form = find_format(tensor.format)
-    dropped = form.bits - sum(form.plane_widths[:keeps])
-    spread = float((1 << dropped) ** 2 - 1) / 12
+    dropped = form.bits - sum(form.code_widths[:keeps])
+    # Of split floats even all codes leave something out: where in its cell a number lies.
+    spread = float((1 << dropped) ** 2 - (0 if form.split_from else 1)) / 12
     return spread / float(1 << 2 * form.bits) * tensor.num_rows * tensor.num_columns

@@ -15,6 +15,7 @@ from mutirao.errors import FormatError
 from mutirao.inference.architecture.architectures import spec_from_config
 from mutirao.inference.architecture.model_spec import ModelSpec
 from mutirao.inference.planning.quantization_mixes import USUAL, assumed_formats
+from mutirao.inference.store.plane_formats import split_format
 from mutirao.inference.store.source_weights import open_source
 from mutirao.inference.store.store_index import INDEX_NAME, StoredTensor, plan_layout, read_index
 from mutirao.inference.store.weight_store import store_directory
@@ -70,7 +71,10 @@ def _with_weights(path: Path) -> PlannedModel:
         return PlannedModel(path.name, index.spec, "", index.layout.tensors, path)
     with open_source(path) as source:
         spec = source.spec
-        formats = {name: matrix.format for name, matrix in source.matrices.items()}
+        formats = {
+            name: split_format(matrix.format, matrix.num_columns)
+            for name, matrix in source.matrices.items()
+        }
     tensors = plan_layout(spec, formats).tensors
     return PlannedModel(path.name, spec, "", tensors, store_directory(path))
 

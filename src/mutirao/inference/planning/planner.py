@@ -187,17 +187,20 @@ class _Planner:
         return min(self._besides(self._template(way, 1)) for way in STREAMING)
 
     def all_resident(self) -> Plan:
-        """Return the plan with all weights in memory; it may not fit."""
+        """Return the plan with all weights in memory; it may not fit.
+
+        Split floats lie there as plain ones if they fit so, else as they are in the store.
+        """
         resident = {each.name: NOTHING for each in self.lookups}
         choice = Choice(resident, self.total_bytes, 0)
-        plans = [
-            self._plan(
-                ALL_RESIDENT,
-                dataclasses.replace(self.template, resident=resident, max_logit_rows=num_rows),
-                choice,
+        placements = [
+            dataclasses.replace(
+                self.template, resident=resident, max_logit_rows=num_rows, joined=joined
             )
+            for joined in (True, False)
             for num_rows in dict.fromkeys((self.num_rows, 1))
         ]
+        plans = [self._plan(ALL_RESIDENT, placement, choice) for placement in placements]
         return next((plan for plan in plans if plan.fits), plans[-1])
 
     def pinned(self) -> list[Plan]:

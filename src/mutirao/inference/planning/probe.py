@@ -74,9 +74,9 @@ PRODUCT_S = 0.03
 FILL = 0x2C
 """Bytes of the matrices: 0.066 as float16, so that no number is denormal or infinite."""
 
-_SCALES_KINDS = {"": 0, "H": 1, "HM": 2, "K6": 3, "K8": 4}
+_SCALES_KINDS = {"": 0, "H": 1, "HM": 2, "K6": 3, "K8": 4, "E": 5}
 _FLOAT_KINDS = {"F32": 1, "F16": 2, "BF16": 3}
-_DRAFTED = ("Q4_K", "Q5_K", "Q6_K", "Q8_0")
+_DRAFTED = ("Q4_K", "Q5_K", "Q6_K", "Q8_0", "BF16_SPLIT")
 """Formats that are timed in all arrangements, one for each number of bits."""
 
 
@@ -370,6 +370,7 @@ def _time_product(
         num_rows=num_panels * PANEL_ROWS,
         num_columns=MATRIX_COLUMNS,
         num_planes=max(len(widths), 1),
+        whole_kind=_FLOAT_KINDS.get(form.split_from, 0) if sum(widths) > form.bits else 0,
         widths=(ctypes.c_int32 * 5)(*(widths or (form.bits,))),
     )
     seconds = _quick_s(

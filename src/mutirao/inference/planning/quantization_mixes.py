@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from mutirao.errors import InputError
 from mutirao.inference.architecture.model_spec import ModelSpec, matrix_shapes
-from mutirao.inference.store.plane_formats import BLOCK_COLUMNS, find_format
+from mutirao.inference.store.plane_formats import BLOCK_COLUMNS, find_format, split_format
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ _INSTEAD = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 
 
 def assumed_formats(spec: ModelSpec, quantization: str) -> dict[str, str]:
-    """Return the format of each matrix, by store name.
+    """Return the format of each matrix in a weight store, by store name.
 
     Args:
         spec: the model.
@@ -79,7 +79,7 @@ def assumed_formats(spec: ModelSpec, quantization: str) -> dict[str, str]:
         layer, _, kind = part.partition(".")
         if kind in ("attn_v", "ffn_down") and mix.raised:
             wanted = mix.raised if mix.raises(int(layer), spec.num_layers) else mix.base
-        formats[name] = _fitting(wanted, columns)
+        formats[name] = split_format(_fitting(wanted, columns), columns)
     return formats
 
 

@@ -33,26 +33,26 @@ def lane_codes(blocks_PRSB: Bytes, name: str) -> Bytes:
         uint8 (G, J, P, S, L): line j of the block of 32 columns number S * G + g of a row.
     """
     if name == "Q8_0":
-        return (_lanes(blocks_PRSB[..., 2:]) ^ np.uint8(0x80))[None]
+        return (lanes(blocks_PRSB[..., 2:]) ^ np.uint8(0x80))[None]
     if name == "Q6_K":
         return _codes_of_q6_k(blocks_PRSB)
     if name in ("Q4_K", "Q5_K"):
         return _codes_of_q45_k(blocks_PRSB, name)
-    nibbles = _lanes(blocks_PRSB[..., -16:])
+    nibbles = lanes(blocks_PRSB[..., -16:])
     codes = np.concatenate((nibbles & _LOW_FOUR, nibbles >> _FOUR))
     if name in ("Q5_0", "Q5_1"):
         fifth = np.ascontiguousarray(blocks_PRSB[..., -20:-16])
-        codes |= _lanes(np.unpackbits(fifth, axis=-1, bitorder="little")) << _FOUR
+        codes |= lanes(np.unpackbits(fifth, axis=-1, bitorder="little")) << _FOUR
     return codes[None]
 
 
 def _codes_of_q45_k(blocks_PRSB: Bytes, name: str) -> Bytes:
     panels, _, blocks, _ = blocks_PRSB.shape
-    nibbles = _lanes(blocks_PRSB[..., -128:]).reshape(4, 1, 8, panels, blocks, LINE_BYTES)
+    nibbles = lanes(blocks_PRSB[..., -128:]).reshape(4, 1, 8, panels, blocks, LINE_BYTES)
     codes = np.concatenate((nibbles & _LOW_FOUR, nibbles >> _FOUR), axis=1)
     codes = codes.reshape(8, 8, panels, blocks, LINE_BYTES)
     if name == "Q5_K":
-        fifth = _lanes(blocks_PRSB[..., 16:48])
+        fifth = lanes(blocks_PRSB[..., 16:48])
         for group in range(8):
             codes[group] |= ((fifth >> np.uint8(group)) & _ONE) << _FOUR
     return codes
@@ -62,8 +62,8 @@ def _codes_of_q6_k(blocks_PRSB: Bytes) -> Bytes:
     panels, _, blocks, _ = blocks_PRSB.shape
     tail = (panels, blocks, LINE_BYTES)
     codes = np.empty((8, 8, *tail), np.uint8)
-    low = _lanes(blocks_PRSB[..., :128]).reshape(2, 2, 8, *tail)
-    high = _lanes(blocks_PRSB[..., 128:192]).reshape(2, 8, *tail)
+    low = lanes(blocks_PRSB[..., :128]).reshape(2, 2, 8, *tail)
+    high = lanes(blocks_PRSB[..., 128:192]).reshape(2, 8, *tail)
     for group in range(8):
         half, quarter = divmod(group, 4)
         nibble, part = divmod(quarter, 2)
@@ -73,7 +73,7 @@ def _codes_of_q6_k(blocks_PRSB: Bytes) -> Bytes:
     return codes
 
 
-def _lanes(bytes_PRSB: Bytes) -> Bytes:
+def lanes(bytes_PRSB: Bytes) -> Bytes:
     """Bring four neighbouring bytes of the 16 rows together: (bytes / 4, P, S, 64)."""
     panels, _, blocks, _ = bytes_PRSB.shape
     words = np.ascontiguousarray(bytes_PRSB).view("<u4").transpose(3, 0, 2, 1)

@@ -1,7 +1,8 @@
 """The number formats that the engine computes with, and the sizes they give a matrix.
 
 Names and block sizes are those of ggml (github.com/ggml-org/ggml, src/ggml-common.h); how
-a matrix is stored in each is told in ``planes``.
+a matrix is stored in each is told in ``planes``. Two formats are the store's own: 16-bit floats
+split into codes and an exact rest (``split_floats``).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mutirao.errors import FormatError, ShapeError
+from mutirao.inference.store.split_floats import CODE_BITS, CODE_CENTRE
 
 PANEL_ROWS = 16
 BLOCK_COLUMNS = 32
@@ -25,13 +27,21 @@ class Format:
     plane_widths: tuple[int, ...]
     """Bits of each plane, most significant first."""
     scales: str
-    """'H', 'HM', 'K6', 'K8', or '' in the float formats."""
-    code_offset: int
+    """'H', 'HM', 'K6', 'K8', 'E', or '' in the float formats."""
+    code_offset: float
     """Code that stands for zero; 0 where a minimum is added instead."""
     block_columns: int
     """Numbers in a GGUF block."""
     block_bytes: int
     """Bytes of a GGUF block."""
+    split_from: str = ""
+    """The float format whose numbers the planes make up when they are all there; their last one
+    is then the rest, which is no part of a code. '': codes are all there is."""
+
+    @property
+    def code_widths(self) -> tuple[int, ...]:
+        """Bits of each plane of the codes; without the rest of a split float."""
+        return self.plane_widths[:-1] if self.split_from else self.plane_widths
 
     @property
     def is_float(self) -> bool:
@@ -49,8 +59,9 @@ class Format:
         return _SCALE_COLUMNS[self.scales]
 
 
-_SCALES_BYTES = {"": 0, "H": 32, "HM": 64, "K6": 256, "K8": 288}
-_SCALE_COLUMNS = {"": 0, "H": 32, "HM": 32, "K6": 32, "K8": 16}
+_SCALES_BYTES = {"": 0, "H": 32, "HM": 64, "K6": 256, "K8": 288, "E": 16}
+_SCALE_COLUMNS = {"": 0, "H": 32, "HM": 32, "K6": 32, "K8": 16, "E": 32}
+_CODE_WIDTHS = (2, 1, 1, 2)
 
 FORMATS = {
     each.name: each
@@ -66,8 +77,25 @@ FORMATS = {
         Format("Q4_K", 4, (2, 1, 1), "K6", 0, 256, 144),
         Format("Q5_K", 5, (2, 1, 1, 1), "K6", 0, 256, 176),
         Format("Q6_K", 6, (2, 1, 1, 2), "K8", 32, 256, 210),
+        Format("BF16_SPLIT", CODE_BITS, (*_CODE_WIDTHS, 8), "E", CODE_CENTRE, 32, 64, "BF16"),
+        Format("F16_SPLIT", CODE_BITS, (*_CODE_WIDTHS, 10), "E", CODE_CENTRE, 32, 64, "F16"),
     )
 }
+
+FILE_FORMATS = tuple(name for name, each in FORMATS.items() if not each.split_from)
+"""Those that a model's own files may hold."""
+
+
+def split_format(name: str, num_columns: int) -> str:
+    """Return the split format in which a matrix is stored, or its own where there is none.
+
+    Args:
+        name: format in the model's file.
+        num_columns: of the matrix.
+    """
+    whole_blocks = num_columns % BLOCK_COLUMNS == 0
+    found = (each.name for each in FORMATS.values() if each.split_from == name)
+    return next(found, name) if whole_blocks else name
 
 
 def find_format(name: str) -> Format:
@@ -80,7 +108,7 @@ def find_format(name: str) -> Format:
         return FORMATS[name]
     except KeyError:
         raise FormatError(
-            f"matrices of type {name} are not supported (expected one of {', '.join(FORMATS)})"
+            f"matrices of type {name} are not supported (expected one of {', '.join(FILE_FORMATS)})"
         ) from None
 
 

@@ -2,9 +2,10 @@
 
 A matrix of a GGUF file is turned, without loss and without a byte more, into what the
 kernels read: the unsigned integer codes split into bit planes, most significant first, and
-the block scales apart from them. With all planes the weights are those of the file; with
-the upper ones only, each dropped group of low bits reads as its midpoint. Block layouts
-are those of ggml (github.com/ggml-org/ggml, src/ggml-common.h).
+the block scales apart from them. 16-bit floats are split into such codes and a rest, which is
+the last plane and makes them whole (``split_floats``). With all planes the weights are those of
+the file; with the upper ones only, each dropped group of low bits reads as its midpoint. Block
+layouts are those of ggml (github.com/ggml-org/ggml, src/ggml-common.h).
 
 A plane of width w takes w lines of 64 bytes per panel and block of 32 columns. Inside a
 block v[j][4 r + i] holds the plane's bits of row r of the panel, column 4 j + i, and
@@ -18,11 +19,16 @@ Scales, per panel and group of columns, 16 lanes = 16 rows, little endian:
     HM   d f16[16], m f16[16]                                      per 32 columns
     K6   d f16[16], dmin f16[16], low u8[128], high u8[64]         per 256 columns
     K8   d f16[16], sc int8[16 sub-blocks of 16 columns][16]       per 256 columns
+    E    u8[16], exponents of float32: d = 2^(e - 127)             per 32 columns
 
 The 256 six-bit values of K6, u[e] with e = 16 i + lane (i = 0..7 scales, 8..15 minimums of
 the sub-blocks of 32 columns), lie as low[t] = (u[t] & 15) | (u[t + 128] & 15) << 4 and
 high[t] = sum over g of (u[64 g + t] >> 4) << 2 g. Rows that fill the last panel up have zero
 codes and zero scales. Float matrices have no scales and one plane: [panel][column][16 rows].
+
+The rest of split floats takes w lines as well: first the low 8 bits of each number,
+[column 0..31][16 rows]; then, where w = 10, bits 8 and 9, [quadruple of columns 0..7][16 rows],
+column 4 j + i at bit 2 i.
 
 Shape letters: P panels, R the 16 rows of a panel, S GGUF blocks along a row, G blocks of 32
 columns in a GGUF block, J the 8 quadruples of columns in a block of 32, B bytes.
@@ -39,6 +45,7 @@ from mutirao.errors import FormatError, ShapeError
 from mutirao.inference.store.gguf_blocks import (
     Bytes,
     lane_codes,
+    lanes,
     pack_scales,
     unpack_six_bits,
     write_codes,
@@ -55,6 +62,13 @@ from mutirao.inference.store.plane_formats import (
     plane_panel_bytes,
     row_bytes,
     scales_panel_bytes,
+)
+from mutirao.inference.store.split_floats import (
+    EXPONENT_BIAS,
+    join,
+    pack_rests,
+    split,
+    unpack_rests,
 )
 
 __all__ = [
@@ -79,6 +93,7 @@ __all__ = [
 Floats = NDArray[np.float32]
 Buffer = Bytes | bytes | bytearray | memoryview
 
+MANTISSA_BITS = {"BF16": 7, "F16": 10}
 CHUNK_CODES = 1 << 19
 """Codes packed at a time, so that what is in between stays in a core's cache (assumption)."""
 
@@ -99,6 +114,7 @@ def pack(raw: Buffer, name: str, num_rows: int, num_columns: int) -> tuple[Bytes
 
     Raises:
         FormatError: unknown format.
+        SplitError: numbers that cannot be split are to be.
         ShapeError: columns or bytes do not fit.
     """
     form = find_format(name)
@@ -114,8 +130,12 @@ def pack(raw: Buffer, name: str, num_rows: int, num_columns: int) -> tuple[Bytes
     step = max(1, CHUNK_CODES // max(1, PANEL_ROWS * num_columns))
     for begin in range(0, panels if num_columns else 0, step):
         chunk = slice(begin, begin + step)
-        scales[chunk] = pack_scales(blocks_PRSB[chunk], form)
-        _pack_planes(lane_codes(blocks_PRSB[chunk], name), form, [p[chunk] for p in planes])
+        parts = [plane[chunk] for plane in planes]
+        if form.split_from:
+            scales[chunk] = _pack_split(blocks_PRSB[chunk], form, parts)
+        else:
+            scales[chunk] = pack_scales(blocks_PRSB[chunk], form)
+            _pack_planes(lane_codes(blocks_PRSB[chunk], name), form, parts)
     return scales, planes
 
 
@@ -145,9 +165,21 @@ def unpack(
         values = plane.reshape(panels, num_columns, PANEL_ROWS, form.block_bytes)
         rows = values.transpose(0, 2, 1, 3).reshape(panels * PANEL_ROWS, num_bytes)
         return rows[:num_rows].tobytes()
-    codes = unpack_codes(planes, name, panels * PANEL_ROWS, num_columns)
+    widths = form.code_widths
+    codes = unpack_codes(planes[: len(widths)], name, panels * PANEL_ROWS, num_columns)
     if not codes.size:
         return b""
+    if form.split_from:
+        exponents = _as_scales(scales, form, num_rows, num_columns).transpose(0, 2, 1)
+        packed = _as_plane(planes[-1], form, len(widths), num_rows, num_columns)
+        rests = unpack_rests(packed.reshape(panels, num_blocks, form.plane_widths[-1], LINE_BYTES))
+        numbers = join(
+            exponents.reshape(panels * PANEL_ROWS, num_blocks),
+            codes,
+            rests.reshape(codes.shape),
+            MANTISSA_BITS[form.split_from],
+        )
+        return numbers[:num_rows].astype("<u2").tobytes()
     codes_PRSC = codes.reshape(panels, PANEL_ROWS, num_blocks, form.block_columns)
     blocks = np.empty((panels, PANEL_ROWS, num_blocks, form.block_bytes), np.uint8)
     write_codes(blocks, codes_PRSC, name)
@@ -207,6 +239,9 @@ def unpack_scales(
     """
     form = _quantized(name, 0)
     stored = _as_scales(scales, form, num_rows, num_columns)
+    if form.scales == "E":
+        powers = np.exp2(stored.astype(np.float32) - EXPONENT_BIAS)
+        return _by_rows(powers[:, :, None], num_rows), None
     d_PSKR = _half_floats(stored[..., :32])
     if form.scales == "H":
         return _by_rows(d_PSKR, num_rows), None
@@ -244,9 +279,9 @@ def dequantize(
     """
     form = find_format(name)
     row_bytes(name, num_columns)
-    if form.is_float:
+    if form.is_float or (form.split_from and len(planes) == len(form.plane_widths)):
         raw = unpack(scales, planes, name, num_rows, num_columns)
-        return floats_of(raw, name).reshape(num_rows, num_columns)
+        return floats_of(raw, form.split_from or name).reshape(num_rows, num_columns)
     scale_RK, minimum_RK = unpack_scales(scales, name, num_rows, num_columns)
     codes = unpack_codes(planes, name, num_rows, num_columns)
     dropped_bits = form.bits - sum(form.plane_widths[: len(planes)])
@@ -272,8 +307,8 @@ def _quantized(name: str, num_planes: int) -> Format:
     form = find_format(name)
     if form.is_float:
         raise FormatError(f"{name} has no codes (expected a quantized format)")
-    if num_planes > len(form.plane_widths):
-        raise ShapeError(f"{name} has {len(form.plane_widths)} planes (got {num_planes})")
+    if num_planes > len(form.code_widths):
+        raise ShapeError(f"{name} has {len(form.code_widths)} planes (got {num_planes})")
     return form
 
 
@@ -319,12 +354,23 @@ def _transpose_floats(blocks_PRSB: Bytes) -> Bytes:
     return np.ascontiguousarray(words).view(np.uint8).reshape(panels, columns, rows * width)
 
 
+def _pack_split(blocks_PRSB: Bytes, form: Format, planes: list[Bytes]) -> Bytes:
+    """Write the planes of some panels of 16-bit floats, and return their exponents, (P, S, R)."""
+    panels, rows, num_blocks, _ = blocks_PRSB.shape
+    numbers = blocks_PRSB.view("<u2").reshape(panels * rows, num_blocks * BLOCK_COLUMNS)
+    exponents, codes, rests = split(numbers, MANTISSA_BITS[form.split_from])
+    shape = (panels, rows, num_blocks, BLOCK_COLUMNS)
+    _pack_planes(lanes(codes.reshape(shape))[None], form, planes[:-1])
+    planes[-1][...] = pack_rests(rests.reshape(shape), form.plane_widths[-1])
+    return exponents.reshape(panels, rows, num_blocks).transpose(0, 2, 1)
+
+
 def _pack_planes(codes_GJPSL: Bytes, form: Format, planes: list[Bytes]) -> None:
     """Write the planes of some panels, given their codes by lines."""
     groups, _, panels, blocks, _ = codes_GJPSL.shape
     words = codes_GJPSL.view(np.uint64).reshape(groups, 8, -1)
     shift = form.bits
-    for width, plane in zip(form.plane_widths, planes, strict=True):
+    for width, plane in zip(form.code_widths, planes, strict=True):
         shift -= width
         sources = words.reshape(groups, width, 8 // width, -1)
         packed = np.zeros((groups, width, sources.shape[-1]), np.uint64)

@@ -38,7 +38,8 @@ from mutirao.inference.architecture.model_spec import (
     rope_vectors,
     vector_shapes,
 )
-from mutirao.inference.store.planes import FORMATS, floats_of, row_bytes
+from mutirao.inference.store.plane_formats import FILE_FORMATS
+from mutirao.inference.store.planes import floats_of, row_bytes
 
 FLOAT_FORMATS = ("F32", "F16", "BF16")
 
@@ -52,7 +53,7 @@ class SourceMatrix:
     num_rows: int
     num_columns: int
     format: str
-    """A key of ``planes.FORMATS``."""
+    """One of ``plane_formats.FILE_FORMATS``."""
     read_rows: Callable[[int, int], NDArray[np.uint8]]
     """Rows begin..end as GGUF would store them, uint8 (rows * bytes of a row)."""
 
@@ -147,10 +148,10 @@ def _open_gguf(path: Path, files: _Files) -> SourceModel:
 
 def _gguf_matrix(path: Path, files: _Files, tensor: GGUFTensor, name: str) -> SourceMatrix:
     num_columns, num_rows = tensor.shape
-    if tensor.type_name not in FORMATS:
+    if tensor.type_name not in FILE_FORMATS:
         raise FormatError(
             f"{path}: matrix {tensor.name} is of type {tensor.type_name}, which is not supported "
-            f"(expected one of {', '.join(FORMATS)}); choose another quantization of this "
+            f"(expected one of {', '.join(FILE_FORMATS)}); choose another quantization of this "
             "model, such as Q4_K_M"
         )
     size = row_bytes(tensor.type_name, num_columns)

@@ -31,9 +31,11 @@ from numpy.typing import NDArray
 
 from mutirao.errors import ArtifactError, DiskFullError, FormatError, explain_disk_errors
 from mutirao.formats.gguf_header import read_gguf_header
+from mutirao.inference.store.plane_formats import split_format
 from mutirao.inference.store.planes import PANEL_ROWS, pack, row_bytes
 from mutirao.inference.store.source_fingerprint import fingerprint, is_same_source
 from mutirao.inference.store.source_weights import SourceMatrix, SourceModel, open_source
+from mutirao.inference.store.split_floats import SplitError
 from mutirao.inference.store.store_index import (
     CHECKSUMS_NAME,
     INDEX_NAME,
@@ -113,19 +115,41 @@ def _fill(source_path: Path, partial: Path, progress: Report | None) -> None:
     """Bring the folder ``partial`` to a whole store, from wherever it is."""
     source = fingerprint(source_path)
     with open_source(source_path) as model:
-        layout = plan_layout(model.spec, {n: m.format for n, m in model.matrices.items()})
-        plan = hashlib.sha256(repr((VERSION, source, layout)).encode()).hexdigest()
-        with _Journal(partial, plan, layout) as journal:
-            files = _write_tokenizer(source_path, partial)
-            what = f"building the weight store of {source_path.name}"
-            with _reported(progress, what) as report:
-                sums = _write_weights(model, layout, journal, report)
+        formats = {n: split_format(m.format, m.num_columns) for n, m in model.matrices.items()}
+        while True:
+            layout = plan_layout(model.spec, formats)
+            plan = hashlib.sha256(repr((VERSION, source, layout)).encode()).hexdigest()
+            try:
+                with _Journal(partial, plan, layout) as journal:
+                    files = _write_tokenizer(source_path, partial)
+                    what = f"building the weight store of {source_path.name}"
+                    with _reported(progress, what) as report:
+                        sums = _write_weights(model, layout, journal, report)
+                break
+            except SplitError:
+                _leave_whole(model, formats)
     if not is_same_source(source, source_path):
         raise FormatError(f"{source_path} changed while it was read; run the same command again")
     content = sums.astype("<u8").tobytes()
     (partial / CHECKSUMS_NAME).write_bytes(content)
     files[CHECKSUMS_NAME] = hashlib.sha256(content).hexdigest()
     write_index(StoreIndex(source, model.spec, layout, files), partial / INDEX_NAME)
+
+
+def _leave_whole(model: SourceModel, formats: dict[str, str]) -> None:
+    """Give matrices of floats that cannot be split their own format; every matrix is tried."""
+    for name, matrix in model.matrices.items():
+        if formats[name] == matrix.format:
+            continue
+        step = _step_rows(row_bytes(matrix.format, matrix.num_columns))
+        try:
+            for begin in range(0, matrix.num_rows, step):
+                end = min(begin + step, matrix.num_rows)
+                raw = matrix.read_rows(begin, end)
+                pack(raw, formats[name], end - begin, matrix.num_columns)
+        except SplitError as error:
+            logger.warning("%s is stored whole and cannot draft: %s", name, error)
+            formats[name] = matrix.format
 
 
 def _write_tokenizer(source_path: Path, partial: Path) -> dict[str, str]:
@@ -283,7 +307,7 @@ def _write_matrix(
     for begin in range(0, tensor.num_rows, step):
         end = min(begin + step, tensor.num_rows)
         raw = matrix.read_rows(begin, end)
-        scales, planes = pack(raw, matrix.format, end - begin, matrix.num_columns)
+        scales, planes = pack(raw, tensor.format, end - begin, matrix.num_columns)
         parts = planes if tensor.scales is None else [scales, *planes]
         for extent, part, extent_sums in zip(tensor.extents, parts, sums, strict=True):
             _write_part(descriptor, extent, tensor, part.reshape(-1), begin, extent_sums)

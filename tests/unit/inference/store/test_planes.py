@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_gguf import FLOATS, QUANTIZED, block_bytes, random_rows
+from tiny_gguf import FLOATS, QUANTIZED, SPLITS, block_bytes, random_rows
 
 from mutirao.errors import FormatError, ShapeError
 from mutirao.inference.store.planes import (
@@ -70,15 +70,16 @@ def scales_by_ggml(block, name):
 
 
 def test_table_agrees_with_the_gguf_library():
-    assert set(FORMATS) == {*QUANTIZED, *FLOATS}
-    for name, form in FORMATS.items():
+    assert set(FORMATS) == {*QUANTIZED, *FLOATS, *SPLITS}
+    for name in (*QUANTIZED, *FLOATS):
+        form = FORMATS[name]
         assert (form.block_columns, form.block_bytes) == block_bytes(name)
         assert sum(form.plane_widths) == form.bits
         if name in QUANTIZED:
             assert form.plane_widths == WIDTHS[form.bits]
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", [*QUANTIZED, *FLOATS, "F16_SPLIT"])
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 40), st.integers(0, 3), st.integers(0, 2**32 - 1))
 def test_any_bytes_come_back(name, num_rows, num_blocks, seed):
@@ -93,7 +94,8 @@ def test_any_bytes_come_back(name, num_rows, num_blocks, seed):
     assert scales.nbytes == panels * scales_panel_bytes(name, num_columns)
     expected = [panels * size for size in plane_panel_bytes(name, num_columns)]
     assert [plane.nbytes for plane in planes] == expected
-    assert scales.nbytes + sum(expected) == panels * 16 * size
+    more = num_columns // 32 if name == "F16_SPLIT" else 0
+    assert scales.nbytes + sum(expected) == panels * 16 * (size + more)
 
 
 @pytest.mark.parametrize("name", FLOATS)
@@ -113,7 +115,8 @@ def test_float_formats_take_any_number_of_columns(name):
 @pytest.mark.parametrize(("num_rows", "num_columns"), [(1, 256), (16, 512), (37, 768)])
 def test_all_planes_are_the_weights_that_the_gguf_library_reads(name, num_rows, num_columns):
     raw = random_rows(name, num_rows, num_columns, np.random.default_rng(num_rows))
-    expected = gguf.dequantize(raw, gguf.GGMLQuantizationType[name]).astype(np.float32)
+    kind = gguf.GGMLQuantizationType[name.removesuffix("_SPLIT")]
+    expected = gguf.dequantize(raw, kind).astype(np.float32)
     scales, planes = pack(raw, name, num_rows, num_columns)
     weights = dequantize(scales, planes, name, num_rows, num_columns)
     assert weights.dtype == np.float32

@@ -14,11 +14,12 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from tiny_gguf import FLOATS, QUANTIZED, matrix_shapes, vector_names, write_tiny_gguf
+from tiny_gguf import FLOATS, QUANTIZED, SPLITS, matrix_shapes, vector_names, write_tiny_gguf
 
 from mutirao.errors import ArtifactError, FormatError, ShapeError
 from mutirao.inference.store import store_build, store_index
-from mutirao.inference.store.planes import FORMATS, dequantize, unpack
+from mutirao.inference.store.plane_formats import FILE_FORMATS, FORMATS
+from mutirao.inference.store.planes import dequantize, unpack
 from mutirao.inference.store.weight_store import WeightStore, store_directory
 
 MIXED = {name: (*QUANTIZED, *FLOATS)[index % 11] for index, name in enumerate(matrix_shapes())} | {
@@ -52,8 +53,10 @@ def weights_of(store, name):
     return dequantize(scales, planes, tensor.format, tensor.num_rows, tensor.num_columns)
 
 
-def test_every_format_is_in_the_mixed_model():
-    assert set(MIXED.values()) == set(FORMATS)
+def test_every_format_is_in_the_mixed_model(store):
+    assert set(MIXED.values()) == set(FILE_FORMATS)
+    kept = {tensor.format for tensor in store.tensors.values()}
+    assert kept == {*QUANTIZED, "F32", *SPLITS}
 
 
 def test_matrices_come_back_byte_for_byte(source, store):
@@ -62,7 +65,7 @@ def test_matrices_come_back_byte_for_byte(source, store):
         tensor = store.tensors[name]
         assert (tensor.num_rows, tensor.num_columns) == matrix_shapes()[name]
         scales, planes = store.load(name)
-        assert unpack(scales, planes, MIXED[name], *matrix_shapes()[name]) == raw.tobytes()
+        assert unpack(scales, planes, tensor.format, *matrix_shapes()[name]) == raw.tobytes()
         expected = gguf.dequantize(raw, gguf.GGMLQuantizationType[MIXED[name]])
         np.testing.assert_array_equal(weights_of(store, name), expected)
 
@@ -462,7 +465,8 @@ HF_NAMES = {
 
 def check_llama(store, state, kind):
     """Every matrix and vector of a two-layer llama against a transformers state."""
-    assert {tensor.format for tensor in store.tensors.values()} == {kind}
+    kept = kind if kind == "F32" else f"{kind}_SPLIT"
+    assert {tensor.format for tensor in store.tensors.values()} == {kept}
 
     def same(ours, theirs):
         np.testing.assert_array_equal(ours, state[theirs].float().numpy())
