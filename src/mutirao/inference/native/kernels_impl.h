@@ -277,47 +277,81 @@ static tile_function *const *tiles_of(const matrix_view *w) {
 
 /* ---- Split floats --------------------------------------------------------------------------- */
 
-typedef int32_t lanes __attribute__((vector_size(64))); /* sixteen, whatever the instruction set */
-typedef float float_lanes __attribute__((vector_size(64)));
-typedef uint8_t byte_lanes __attribute__((vector_size(16)));
-typedef uint16_t half_lanes __attribute__((vector_size(32)));
+typedef uint16_t halves __attribute__((vector_size(64))); /* of sixteen rows, two columns each */
 
-INLINE lanes load_bytes(const uint8_t *p) {
-    byte_lanes v;
-    memcpy(&v, p, sizeof v);
-    return __builtin_convertvector(v, lanes);
+INLINE halves look_up(const uint16_t table[SPLIT_CELLS], halves at) {
+    halves found;
+#ifdef VI_LOOK_UP_HALVES
+    vi result = VI_LOOK_UP_HALVES(table, at);
+    memcpy(&found, &result, sizeof found);
+#else
+    for (int i = 0; i < 32; i++) found[i] = table[at[i]];
+#endif
+    return found;
 }
 
-/* How many numbers lie from s to k s, k > 0: the bits of k as a float, cut to the mantissa at hand. */
-INLINE lanes numbers_below(lanes k, const int mantissa_bits) {
-    return ((lanes)__builtin_convertvector(k, float_lanes) >> (23 - mantissa_bits)) - (127 << mantissa_bits);
+/* What join needs for a kind of numbers: how many of them lie from s to k s, and to (k + 1) s. */
+typedef struct {
+    uint16_t first[SPLIT_CELLS], after[SPLIT_CELLS];
+} cell_table;
+
+static void count_numbers(const int kind, cell_table *out) {
+    int below = 0;
+    for (int k = 0; k < SPLIT_CELLS; k++) {
+        int octave = 0;
+        while (k >> (octave + 1)) octave++;
+        out->first[k] = (uint16_t)below;
+        if (k) below += (1 << split_mantissa_bits(kind)) >> octave; /* those of cell 0 are endless */
+        out->after[k] = (uint16_t)below;
+    }
 }
 
-INLINE lanes either(lanes mask, lanes a, lanes b) { return (a & mask) | (b & ~mask); }
+INLINE halves either(halves mask, halves a, halves b) { return (a & mask) | (b & ~mask); }
 
-/* The bits of sixteen numbers from codes, rests, and the bits of their blocks' s. */
-INLINE lanes join_numbers(lanes code, lanes rest, lanes start, const int kind) {
-    const int mantissa_bits = split_mantissa_bits(kind), rest_bits = split_rest_bits(kind);
-    const lanes negative = code < SPLIT_CELLS, cell = either(negative, SPLIT_CELLS - 1 - code, code - SPLIT_CELLS);
-    /* Cell 0 has no numbers from s on: for it, too, the numbers below 1 s are counted. */
-    const lanes first = numbers_below(cell - (cell == 0), mantissa_bits), after = numbers_below(cell + 1, mantissa_bits);
-    const lanes small = (cell << rest_bits) + rest - after; /* which of those below s */
-    const int32_t zero = (1 << rest_bits) - 1;
-    lanes bits = start - 1 - small - (small > zero); /* a comparison is 0 or -1 */
-    bits = either(small == zero, bits - bits, bits);
-    bits = either(rest < after - first, start + first + rest, bits);
+/* The bits of 32 numbers from codes, rests, and the bits of their blocks' s. */
+INLINE halves join_numbers(halves code, halves rest, halves start, const cell_table *table, const int kind) {
+    const uint16_t zero = (uint16_t)((1 << split_rest_bits(kind)) - 1);
+    const halves negative = (code >> 5) - 1, cell = (code ^ negative) & (SPLIT_CELLS - 1);
+    const halves first = look_up(table->first, cell), after = look_up(table->after, cell);
+    const halves small = (cell << split_rest_bits(kind)) + rest - after; /* which of those below s */
+    halves bits = start - 1 - small - (halves)(small > zero); /* a comparison is 0 or all ones */
+    bits &= (halves)(small != zero);
+    bits = either((halves)(rest < after - first), start + first + rest, bits);
     return bits | (negative & 0x8000);
+}
+
+/* Two columns of sixteen rows: lanes 2 r hold the first, lanes 2 r + 1 the second, of row r. */
+INLINE void store_columns(halves numbers, uint16_t *first, uint16_t *second) {
+    uint32_t pairs[PANEL_ROWS];
+    uint16_t columns[2][PANEL_ROWS];
+    memcpy(pairs, &numbers, sizeof pairs);
+    for (int r = 0; r < PANEL_ROWS; r++) columns[0][r] = (uint16_t)pairs[r];
+    for (int r = 0; r < PANEL_ROWS; r++) columns[1][r] = (uint16_t)(pairs[r] >> 16);
+    memcpy(first, columns[0], sizeof columns[0]);
+    memcpy(second, columns[1], sizeof columns[1]);
+}
+
+INLINE halves as_halves(vi v) {
+    halves h;
+    memcpy(&h, &v, sizeof h);
+    return h;
 }
 
 INLINE void join_panel(const matrix_view *w, int panel, uint16_t *out, const int kind) {
     const int num_blocks = w->num_columns / BLOCK_COLUMNS, last = w->num_planes - 1;
     const uint8_t *exponents = w->scales + panel * panel_scale_bytes(w->scales_kind, w->num_columns);
+    cell_table table;
+    count_numbers(kind, &table);
     for (int b = 0; b < num_blocks; b++, exponents += PANEL_ROWS) {
         const int64_t line = ((int64_t)panel * num_blocks + b) * LINE_BYTES;
-        const uint8_t *rests = w->planes[last] + line * w->widths[last], *pairs = rests + BLOCK_COLUMNS * PANEL_ROWS;
-        const lanes start = (load_bytes(exponents) - split_exponent_shift(kind)) << split_mantissa_bits(kind);
-        vi codes[8];
-        UNROLL_8 for (int j = 0; j < 8; j++) codes[j] = vi_zero();
+        const uint8_t *rest = w->planes[last] + line * w->widths[last];
+        uint32_t starts[PANEL_ROWS];
+        for (int r = 0; r < PANEL_ROWS; r++)
+            starts[r] = (uint32_t)(exponents[r] - split_exponent_shift(kind)) * (0x10001u << split_mantissa_bits(kind));
+        halves start;
+        memcpy(&start, starts, sizeof start);
+        vi codes[8], low[8], upper[8];
+        UNROLL_8 for (int j = 0; j < 8; j++) codes[j] = upper[j] = vi_zero();
         for (int p = 0, at = w->bits; p < last; p++) {
             at -= w->widths[p];
             if (w->widths[p] == 4) unpack_plane(codes, w->planes[p] + line * 4, 4, 2);
@@ -326,17 +360,15 @@ INLINE void join_panel(const matrix_view *w, int panel, uint16_t *out, const int
             else if (at == 3) unpack_plane(codes, w->planes[p] + line, 1, 3);
             else unpack_plane(codes, w->planes[p] + line, 1, 2);
         }
-        for (int j = 0; j < 8; j++) {
-            lanes four;
-            memcpy(&four, &codes[j], sizeof four);
-            UNROLL_4
-            for (int i = 0; i < 4; i++, out += PANEL_ROWS) {
-                lanes rest = load_bytes(rests + (4 * j + i) * PANEL_ROWS);
-                if (kind == KIND_F16) rest |= (load_bytes(pairs + j * PANEL_ROWS) >> (2 * i) & 3) << 8;
-                const lanes bits = join_numbers(four >> (8 * i) & 63, rest, start, kind);
-                const half_lanes numbers = __builtin_convertvector(bits, half_lanes);
-                memcpy(out, &numbers, sizeof numbers);
-            }
+        unpack_plane(low, rest, 8, 0);
+        if (kind == KIND_F16) unpack_plane(upper, rest + 8 * LINE_BYTES, 2, 0);
+        UNROLL_8
+        for (int j = 0; j < 8; j++, out += 4 * PANEL_ROWS) {
+            const halves c = as_halves(codes[j]), l = as_halves(low[j]), u = as_halves(upper[j]);
+            const halves even = join_numbers(c & 63, (l & 255) | (u & 3) << 8, start, &table, kind);
+            const halves odd = join_numbers(c >> 8, l >> 8 | (u & 0x300), start, &table, kind);
+            store_columns(even, out, out + 2 * PANEL_ROWS);
+            store_columns(odd, out + PANEL_ROWS, out + 3 * PANEL_ROWS);
         }
     }
 }

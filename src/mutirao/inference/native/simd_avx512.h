@@ -17,6 +17,9 @@ static inline vi vi_dot_small(vi acc, vi codes, int32_t x4) {
 }
 static inline vi vi_dot_large(vi acc, vi codes, int32_t x4) { return vi_dot_small(acc, codes, x4); }
 
+/* 32 entries of 16 bits by 32 places. */
+#define VI_LOOK_UP_HALVES(table, at) _mm512_permutexvar_epi16((__m512i)(at), vi_load(table))
+
 static inline vf vi_to_vf(vi v) { return _mm512_cvtepi32_ps(v); }
 static inline vi vf_round_to_vi(vf v) { return _mm512_cvtps_epi32(v); }
 static inline vf vf_zero(void) { return _mm512_setzero_ps(); }

@@ -26,9 +26,8 @@ the sub-blocks of 32 columns), lie as low[t] = (u[t] & 15) | (u[t + 128] & 15) <
 high[t] = sum over g of (u[64 g + t] >> 4) << 2 g. Rows that fill the last panel up have zero
 codes and zero scales. Float matrices have no scales and one plane: [panel][column][16 rows].
 
-The rest of split floats takes w lines as well: first the low 8 bits of each number,
-[column 0..31][16 rows]; then, where w = 10, bits 8 and 9, [quadruple of columns 0..7][16 rows],
-column 4 j + i at bit 2 i.
+The rest of split floats takes w lines as well: a plane of width 8, line j being v[j], with the low
+bits, and where w = 10 behind it, block by block, one of width 2 with bits 8 and 9.
 
 Shape letters: P panels, R the 16 rows of a panel, S GGUF blocks along a row, G blocks of 32
 columns in a GGUF block, J the 8 quadruples of columns in a block of 32, B bytes.
@@ -66,9 +65,7 @@ from mutirao.inference.store.plane_formats import (
 from mutirao.inference.store.split_floats import (
     EXPONENT_BIAS,
     join,
-    pack_rests,
     split,
-    unpack_rests,
 )
 
 __all__ = [
@@ -135,7 +132,7 @@ def pack(raw: Buffer, name: str, num_rows: int, num_columns: int) -> tuple[Bytes
             scales[chunk] = _pack_split(blocks_PRSB[chunk], form, parts)
         else:
             scales[chunk] = pack_scales(blocks_PRSB[chunk], form)
-            _pack_planes(lane_codes(blocks_PRSB[chunk], name), form, parts)
+            _pack_planes(lane_codes(blocks_PRSB[chunk], name), form.bits, form.code_widths, parts)
     return scales, planes
 
 
@@ -171,12 +168,15 @@ def unpack(
         return b""
     if form.split_from:
         exponents = _as_scales(scales, form, num_rows, num_columns).transpose(0, 2, 1)
-        packed = _as_plane(planes[-1], form, len(widths), num_rows, num_columns)
-        rests = unpack_rests(packed.reshape(panels, num_blocks, form.plane_widths[-1], LINE_BYTES))
+        lines = _as_plane(planes[-1], form, len(widths), num_rows, num_columns)
+        lines = lines.reshape(panels, num_blocks, form.plane_widths[-1], LINE_BYTES)
+        rests = _by_columns(lines[:, :, :8]).astype(np.uint16)
+        if form.plane_widths[-1] > 8:
+            rests |= _by_columns(_spread(lines[:, :, 8:])).astype(np.uint16) << np.uint16(8)
         numbers = join(
             exponents.reshape(panels * PANEL_ROWS, num_blocks),
             codes,
-            rests.reshape(codes.shape),
+            rests,
             MANTISSA_BITS[form.split_from],
         )
         return numbers[:num_rows].astype("<u2").tobytes()
@@ -205,15 +205,11 @@ def unpack_codes(planes: Sequence[Buffer], name: str, num_rows: int, num_columns
     codes_PGJL = np.zeros((panels, groups, 8, LINE_BYTES), np.uint8)
     shift = form.bits
     for index, plane in enumerate(planes):
-        width = form.plane_widths[index]
-        shift -= width
+        shift -= form.plane_widths[index]
         lines = _as_plane(plane, form, index, num_rows, num_columns)
-        lines = lines.reshape(panels, groups, width, 1, LINE_BYTES)
-        places = (np.arange(8 // width, dtype=np.uint8) * width)[:, None]
-        bits = (lines >> places) & np.uint8((1 << width) - 1)
-        codes_PGJL |= bits.reshape(codes_PGJL.shape) << np.uint8(shift)
-    lanes = codes_PGJL.reshape(panels, groups, 8, PANEL_ROWS, 4).transpose(0, 3, 1, 2, 4)
-    return lanes.reshape(panels * PANEL_ROWS, num_columns)[:num_rows]
+        lines = lines.reshape(panels, groups, form.plane_widths[index], LINE_BYTES)
+        codes_PGJL |= _spread(lines) << np.uint8(shift)
+    return _by_columns(codes_PGJL)[:num_rows]
 
 
 @np.errstate(over="ignore", invalid="ignore")
@@ -360,17 +356,24 @@ def _pack_split(blocks_PRSB: Bytes, form: Format, planes: list[Bytes]) -> Bytes:
     numbers = blocks_PRSB.view("<u2").reshape(panels * rows, num_blocks * BLOCK_COLUMNS)
     exponents, codes, rests = split(numbers, MANTISSA_BITS[form.split_from])
     shape = (panels, rows, num_blocks, BLOCK_COLUMNS)
-    _pack_planes(lanes(codes.reshape(shape))[None], form, planes[:-1])
-    planes[-1][...] = pack_rests(rests.reshape(shape), form.plane_widths[-1])
+    _pack_planes(lanes(codes.reshape(shape))[None], form.bits, form.code_widths, planes[:-1])
+    low, upper = (rests & 0xFF).astype(np.uint8), (rests >> 8).astype(np.uint8)
+    planes[-1][:, :, :8] = lanes(low.reshape(shape)).transpose(1, 2, 0, 3)
+    if form.plane_widths[-1] > 8:
+        packed = np.empty((panels, num_blocks, 2, LINE_BYTES), np.uint8)
+        _pack_planes(lanes(upper.reshape(shape))[None], 2, (2,), [packed])
+        planes[-1][:, :, 8:] = packed
     return exponents.reshape(panels, rows, num_blocks).transpose(0, 2, 1)
 
 
-def _pack_planes(codes_GJPSL: Bytes, form: Format, planes: list[Bytes]) -> None:
+def _pack_planes(
+    codes_GJPSL: Bytes, bits: int, widths: Sequence[int], planes: Sequence[Bytes]
+) -> None:
     """Write the planes of some panels, given their codes by lines."""
     groups, _, panels, blocks, _ = codes_GJPSL.shape
     words = codes_GJPSL.view(np.uint64).reshape(groups, 8, -1)
-    shift = form.bits
-    for width, plane in zip(form.code_widths, planes, strict=True):
+    shift = bits
+    for width, plane in zip(widths, planes, strict=True):
         shift -= width
         sources = words.reshape(groups, width, 8 // width, -1)
         packed = np.zeros((groups, width, sources.shape[-1]), np.uint64)
@@ -383,6 +386,22 @@ def _pack_planes(codes_GJPSL: Bytes, form: Format, planes: list[Bytes]) -> None:
             packed |= scratch
         lines = packed.reshape(groups, width, panels, blocks, 8).transpose(2, 3, 0, 1, 4)
         plane.view(np.uint64).reshape(panels, blocks, groups, width, 8)[...] = lines
+
+
+def _spread(lines_PGWL: Bytes) -> Bytes:
+    """Return the bits of one plane as bytes, (P, G, J, L)."""
+    panels, groups, width, _ = lines_PGWL.shape
+    places = (np.arange(8 // width, dtype=np.uint8) * width)[:, None]
+    bits = (lines_PGWL[:, :, :, None] >> places) & np.uint8((1 << width) - 1)
+    return bits.reshape(panels, groups, 8, LINE_BYTES)
+
+
+def _by_columns(codes_PGJL: Bytes) -> Bytes:
+    """Return codes by rows and columns, (P * R, G * 32)."""
+    panels, groups, _, _ = codes_PGJL.shape
+    lanes_PRGJ4 = codes_PGJL.reshape(panels, groups, 8, PANEL_ROWS, 4).transpose(0, 3, 1, 2, 4)
+    by_columns: Bytes = lanes_PRGJ4.reshape(panels * PANEL_ROWS, groups * BLOCK_COLUMNS)
+    return by_columns
 
 
 def _half_floats(stored_PSB: Bytes) -> Floats:

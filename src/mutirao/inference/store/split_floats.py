@@ -18,7 +18,7 @@ There is room for 59 octaves below s in BF16. A number below those that is not z
 the matrix is then stored as it is. F16 has no such numbers. Numbers are told apart by their
 bits, so negative zero, infinities and NaN come back as they were.
 
-Shape letters: R rows, C columns, G blocks of 32 columns; P panels, S blocks along a row.
+Shape letters: R rows, C columns, G blocks of 32 columns.
 """
 
 from __future__ import annotations
@@ -143,37 +143,3 @@ def _exponent_shift(mantissa_bits: int) -> int:
     """Return what makes a number's exponent field one of float32."""
     own_bias = (1 << (14 - mantissa_bits)) - 1
     return EXPONENT_BIAS - own_bias
-
-
-def pack_rests(rests_PRSC: Numbers, width: int) -> Bytes:
-    """Lay rests out as the kernels read them: see ``planes``.
-
-    Args:
-        rests_PRSC: uint16 (panels, 16 rows, blocks, 32 columns).
-        width: 8 or 10 bits.
-
-    Returns:
-        uint8 (panels, blocks, width, 64).
-    """
-    panels, rows, blocks, _ = rests_PRSC.shape
-    by_column = np.ascontiguousarray(rests_PRSC.transpose(0, 2, 3, 1))
-    parts = [(by_column & 0xFF).astype(np.uint8).reshape(panels, blocks, -1)]
-    if width == 10:
-        upper = (by_column >> 8).astype(np.uint8)
-        places = 2 * np.arange(4, dtype=np.uint8)[:, None]
-        pairs = upper.reshape(panels, blocks, 8, 4, rows) << places
-        parts.append(np.bitwise_or.reduce(pairs, axis=3).reshape(panels, blocks, -1))
-    return np.concatenate(parts, axis=-1).reshape(panels, blocks, width, 64)
-
-
-def unpack_rests(packed_PSWL: Bytes) -> Numbers:
-    """Undo ``pack_rests``; the width is the third dimension's size."""
-    panels, blocks, width, _ = packed_PSWL.shape
-    lines = packed_PSWL.reshape(panels, blocks, width * 64)
-    by_column = lines[..., :512].reshape(panels, blocks, 32, 16).astype(np.uint16)
-    if width == 10:
-        places = 2 * np.arange(4, dtype=np.uint8)[:, None]
-        pairs = lines[..., 512:].reshape(panels, blocks, 8, 1, 16) >> places & 3
-        by_column |= pairs.reshape(by_column.shape).astype(np.uint16) << 8
-    rests: Numbers = by_column.transpose(0, 3, 1, 2)
-    return rests
