@@ -1,7 +1,7 @@
 """The engine in a process that is given so much memory and no more: it ends with the same text.
 
-The model is synthetic, 150 MB of random blocks. Limits are those of the kernel (cgroup v1), at
-exactly the memory that the engine was told; whoever passes one is killed.
+The models are synthetic, 150 MB of random blocks and 180 MB of floats. Limits are those of the
+kernel (cgroup v1), at exactly the memory that the engine was told; whoever passes one is killed.
 """
 
 from __future__ import annotations
@@ -49,10 +49,11 @@ def home(tmp_path_factory):
         yield home
 
 
-@pytest.fixture(scope="module")
-def path(tmp_path_factory):
+@pytest.fixture(scope="module", params=[("Q4_K", 24), ("BF16", 8)], ids=["Q4_K", "BF16"])
+def path(request, tmp_path_factory):
+    kind, num_layers = request.param
     path = tmp_path_factory.mktemp("model") / "synthetic.gguf"
-    return write_synthetic_gguf(path, hidden=1024, inner=2816, num_layers=24)
+    return write_synthetic_gguf(path, hidden=1024, inner=2816, num_layers=num_layers, kind=kind)
 
 
 @pytest.fixture
@@ -114,7 +115,7 @@ def test_the_least_memory_that_is_named_is_enough(
     settings = {"memory": least_bytes, "speculation": speculation}
     result = run(path, home, group, **settings)
     assert result["tokens"] == whole["tokens"]
-    assert result["streamed_bytes"] > 0.9 * whole["resident_bytes"]
+    assert result["streamed_bytes"] > 0.85 * whole["resident_bytes"]  # floats: 14.25 bits of 16
     assert result["peak_bytes"] <= least_bytes
     assert "oom_kill 0\n" in (group / EVENTS).read_text()
 

@@ -27,7 +27,7 @@ from mutirao.inference.architecture.program import compile_program
 from mutirao.inference.calibration import TEXT, Calibration, calibrate
 from mutirao.inference.conversation import Generation, Message
 from mutirao.inference.decoding import Backend, Counts, Decoder
-from mutirao.inference.native.backend import NOTHING, NativeBackend, Placement
+from mutirao.inference.native.backend import NativeBackend, Placement
 from mutirao.inference.native.library import load_library
 from mutirao.inference.planning.placement import Choice, multiplied, only_looked_up
 from mutirao.inference.planning.planner import (
@@ -39,6 +39,7 @@ from mutirao.inference.planning.planner import (
     Plan,
     Plans,
     TooLittleMemoryError,
+    all_resident,
     make_plans,
 )
 from mutirao.inference.planning.probe import probe
@@ -457,10 +458,10 @@ def _all_resident(
 ) -> _Opened:
     """Keep all weights in memory, whatever that takes."""
     program = compile_program(store.spec)
-    resident = {each.name: NOTHING for each in only_looked_up(program, store.tensors)}
-    total = sum(each.num_bytes for each in multiplied(program, store.tensors))
+    lookups = only_looked_up(program, store.tensors)
+    choice = all_resident(multiplied(program, store.tensors), lookups, joined=True)
     placement = Placement(
-        resident,
+        choice.resident,
         joined=True,
         num_threads=threads,
         direct=direct,
@@ -468,7 +469,7 @@ def _all_resident(
         max_logit_rows=1 if speculation == "off" else LOOKUP_ROWS,
         context=context,
     )
-    return _Opened(Choice(resident, total, 0), placement, False, ALL_RESIDENT)
+    return _Opened(choice, placement, False, ALL_RESIDENT)
 
 
 def _calibration(

@@ -169,7 +169,7 @@ def test_what_cannot_be_run_is_refused(store, tokens, position, options, message
     assert backend.num_cached == 0
 
 
-@pytest.mark.parametrize("planes", [{"blk.0.attn_q": 0}, {"blk.0.attn_q": 2}, {"blk.9.attn_q": 1}])
+@pytest.mark.parametrize("planes", [{"blk.0.attn_q": 0}, {"blk.0.attn_q": 6}, {"blk.9.attn_q": 1}])
 def test_a_draft_of_planes_that_are_not_there_is_refused(store, planes):
     with pytest.raises(InputError, match="draft_planes"):
         ReferenceBackend(store, draft_planes=planes)

@@ -9,7 +9,7 @@ what the engine follows, so that they cannot differ.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ from mutirao.inference.planning.memory_use import (
     least_ring_bytes,
     memory_besides_weights,
     memory_needed,
+    resident_bytes,
 )
 from mutirao.inference.planning.placement import Choice, multiplied, only_looked_up, pin, split
 
@@ -192,7 +193,6 @@ class _Planner:
         Split floats lie there as plain ones if they fit so, else as they are in the store.
         """
         resident = {each.name: NOTHING for each in self.lookups}
-        choice = Choice(resident, self.total_bytes, 0)
         placements = [
             dataclasses.replace(
                 self.template, resident=resident, max_logit_rows=num_rows, joined=joined
@@ -200,7 +200,10 @@ class _Planner:
             for joined in (True, False)
             for num_rows in dict.fromkeys((self.num_rows, 1))
         ]
-        plans = [self._plan(ALL_RESIDENT, placement, choice) for placement in placements]
+        plans = [
+            self._plan(ALL_RESIDENT, each, all_resident(self.matrices, self.lookups, each.joined))
+            for each in placements
+        ]
         return next((plan for plan in plans if plan.fits), plans[-1])
 
     def pinned(self) -> list[Plan]:
@@ -272,6 +275,14 @@ class _Planner:
         return memory_besides_weights(
             self.spec, self.tensors, placement, process_bytes=self.process_bytes
         ).total
+
+
+def all_resident(
+    matrices: Iterable[StoredTensor], lookups: Iterable[StoredTensor], joined: bool
+) -> Choice:
+    """Keep all that is multiplied; see ``Placement`` for ``joined``."""
+    sizes = (resident_bytes(each, len(each.planes), joined=joined) for each in matrices)
+    return Choice({each.name: NOTHING for each in lookups}, sum(sizes), 0)
 
 
 def assumed_acceptance(share: float) -> float:

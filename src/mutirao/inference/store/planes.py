@@ -392,7 +392,7 @@ def _spread(lines_PGWL: Bytes) -> Bytes:
     """Return the bits of one plane as bytes, (P, G, J, L)."""
     panels, groups, width, _ = lines_PGWL.shape
     places = (np.arange(8 // width, dtype=np.uint8) * width)[:, None]
-    bits = (lines_PGWL[:, :, :, None] >> places) & np.uint8((1 << width) - 1)
+    bits: Bytes = (lines_PGWL[:, :, :, None] >> places) & np.uint8((1 << width) - 1)
     return bits.reshape(panels, groups, 8, LINE_BYTES)
 
 
@@ -400,8 +400,7 @@ def _by_columns(codes_PGJL: Bytes) -> Bytes:
     """Return codes by rows and columns, (P * R, G * 32)."""
     panels, groups, _, _ = codes_PGJL.shape
     lanes_PRGJ4 = codes_PGJL.reshape(panels, groups, 8, PANEL_ROWS, 4).transpose(0, 3, 1, 2, 4)
-    by_columns: Bytes = lanes_PRGJ4.reshape(panels * PANEL_ROWS, groups * BLOCK_COLUMNS)
-    return by_columns
+    return lanes_PRGJ4.reshape(panels * PANEL_ROWS, groups * BLOCK_COLUMNS)
 
 
 def _half_floats(stored_PSB: Bytes) -> Floats:
