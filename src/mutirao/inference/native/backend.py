@@ -283,6 +283,17 @@ class NativeBackend:
             return str(self._library.engine_kernels(self._open_handle()).decode())
 
     @property
+    def num_threads(self) -> int:
+        """Threads that compute now: fewer than planned where others use the machine too."""
+        with self._lock:
+            return int(self._library.engine_threads(self._open_handle()))
+
+    def use_threads(self, num_threads: int) -> None:
+        """Compute with so many threads, at most those planned; 0: as many as are worth it."""
+        with self._lock:
+            self._library.engine_use_threads(self._open_handle(), num_threads)
+
+    @property
     def is_queued(self) -> bool:
         """Whether weights are read by io_uring."""
         with self._lock:

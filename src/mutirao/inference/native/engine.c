@@ -15,6 +15,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "crowding.h"
 #include "kernels.h"
 #include "pool.h"
 #include "stream.h"
@@ -83,6 +84,7 @@ typedef struct {
     run_request now;
     const uint8_t *piece_at;
     double op_s[NUM_OPS];
+    crowding crowd; /* how many threads are worth their while */
 } engine;
 
 static double now_s(void) {
@@ -122,6 +124,7 @@ EXPORT engine *engine_create(const char *path, const char *kernels, const settin
     e->kernels = kernels_named(kernels);
     e->threads = e->kernels ? pool_create(set->num_threads) : NULL;
     snprintf(e->path, sizeof e->path, "%s", path);
+    crowding_begin(&e->crowd, set->num_threads);
     if (e->threads) return e;
     free(e);
     return NULL;
@@ -384,6 +387,14 @@ EXPORT int64_t engine_bytes_read(const engine *e) { return (e->reader ? stream_b
 EXPORT double engine_wait_s(const engine *e) { return e->reader ? stream_wait_s(e->reader) : 0; }
 EXPORT int engine_is_queued(const engine *e) { return e->reader ? stream_is_queued(e->reader) : 0; }
 EXPORT double engine_op_s(const engine *e, int kind) { return e->op_s[kind]; }
+/* How many threads compute at this moment. */
+EXPORT int engine_threads(const engine *e) { return pool_active(e->threads); }
+/* Compute with so many threads from now on, of those there are; 0: as many as are worth their while. */
+EXPORT void engine_use_threads(engine *e, int num_threads) {
+    e->crowd.fixed = num_threads;
+    e->crowd.threads = num_threads ? num_threads : e->set.num_threads;
+    pool_use(e->threads, e->crowd.threads);
+}
 EXPORT int engine_num_pieces(const engine *e) { return e->num_pieces; }
 /* Let drafts read only the first planes of a tensor that is streamed whole; 0 undoes it. */
 EXPORT void engine_set_draft_planes(engine *e, int index, int planes) { e->tensors[index].draft_planes = planes; }
@@ -438,7 +449,7 @@ static void multiply(engine *e, const op *o, const matrix_view *v, int begin, in
     const buffer *in = &e->buffers[o->input], *out = &e->buffers[o->out];
     const activations x = {in->at, e->codes, e->scales, e->sums32, e->sums16, in->stride, e->code_stride, e->block_stride};
     const int loop = pool_share(e->threads, thread), count = end - begin;
-    const int portion = count / (e->set.num_threads * 8) + 1;
+    const int portion = count / (pool_active(e->threads) * 8) + 1;
     for (int a, b; pool_take(e->threads, loop, count, portion, &a, &b);)
         e->kernels->matmul(v, &x, begin + a, begin + b, num_rows, out->at, out->stride,
                            o->bias < 0 ? NULL : e->vectors[o->bias].at, o->accumulate);
@@ -610,7 +621,7 @@ static void prepare_positions(engine *e, int thread) {
     for (int i = 0; i < e->num_vectors; i++) {
         const vector *v = &e->vectors[i];
         if (!v->cosines) continue;
-        for (int row = thread; row < e->now.num_tokens; row += e->set.num_threads)
+        for (int row = thread; row < e->now.num_tokens; row += pool_active(e->threads))
             for (int k = 0; k < v->width; k++) {
                 const float angle = (float)(e->now.position + row) * v->at[k];
                 v->cosines[(int64_t)row * v->width + k] = v->factor * cosf(angle);
@@ -635,7 +646,7 @@ static void run_ops(void *given, int thread) {
         else if (o->kind == OP_SELECT_ROWS) {
             const buffer *in = &e->buffers[o->input], *out = &e->buffers[o->out];
             num_rows = e->now.num_selected;
-            for (int row = thread; row < num_rows; row += e->set.num_threads)
+            for (int row = thread; row < num_rows; row += pool_active(e->threads))
                 memcpy(out->at + (int64_t)row * out->stride, in->at + (int64_t)e->now.selected[row] * in->stride,
                        (size_t)in->width * sizeof(float));
             pool_barrier(e->threads);
@@ -658,7 +669,12 @@ EXPORT int engine_run(engine *e, const int32_t *tokens, int num_tokens, int posi
             if (!e->pages[page]) return fail(e, "no memory for the KV cache"), -1;
         }
     e->now = (run_request){tokens, selected, num_tokens, position, begin, end, mode, num_selected};
+    const double started = now_s(), waited = engine_wait_s(e);
     pool_run(e->threads, run_ops, e);
+    /* Passes of one token through the whole model are alike: from them it learns. */
+    if (num_tokens == 1 && begin == 0 && end == e->num_ops)
+        crowding_learn(&e->crowd, mode, now_s() - started - (engine_wait_s(e) - waited));
+    pool_use(e->threads, e->crowd.threads);
     return e->failed ? -1 : 0;
 }
 

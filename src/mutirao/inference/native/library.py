@@ -132,6 +132,8 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
         "engine_wait_s": (ctypes.c_double, [pointer]),
         "engine_op_s": (ctypes.c_double, [pointer, number]),
         "engine_num_pieces": (number, [pointer]),
+        "engine_threads": (number, [pointer]),
+        "engine_use_threads": (None, [pointer, number]),
         "engine_set_draft_planes": (None, [pointer, number, number]),
         "engine_destroy": (None, [pointer]),
         "engine_run": (number, [*(pointer, pointer), *([number] * 5), pointer, number]),
