@@ -15,7 +15,10 @@
     ├── InferenceError           1  the engine failed while it ran: a read error, no memory
     │   └── MissingKernelError   1  there is no native kernel, and no compiler to make one
     └── FederationError          1  a site or the server was lost, or answered wrongly
-        └── UpdateError          1  a site's update is malformed, non-finite or of another shape
+        ├── UpdateError          1  a site's update is malformed, non-finite or of another shape
+        ├── PolicyError          1  a site's own policy does not allow what was asked of it
+        ├── AuditError           1  a site's audit log was altered, cut, or cannot be continued
+        └── ProtocolError        1  a message of secure aggregation is malformed, forged or unsafe
 
 A message is one sentence or two: what came, what is accepted, what to do next. An
 interrupt (Ctrl-C) ends a command with 130, as shells expect.
@@ -97,6 +100,18 @@ class FederationError(MutiraoError):
 
 class UpdateError(FederationError):
     """A site's update is malformed, non-finite or of another shape."""
+
+
+class PolicyError(FederationError):
+    """A site's own policy does not allow what was asked of it."""
+
+
+class AuditError(FederationError):
+    """A site's audit log was altered, cut, or cannot be continued."""
+
+
+class ProtocolError(FederationError):
+    """A message of secure aggregation is malformed or forged, or would reveal too much."""
 
 
 @contextmanager
