@@ -1,4 +1,4 @@
-"""The update codec: what a site's update looks like on the wire.
+"""One vector in 8-bit codes: version 1 of the wire form, which runs send today.
 
 An update is one vector, all tensors flattened in the order of their names. It travels as
 8-bit integer codes with one float32 scale per block, so a block's largest value is exact
@@ -14,10 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mutirao.errors import UpdateError
+from mutirao.federated.codec.blocks import GRIDS, dequantize_blocks, quantize_blocks, to_blocks
 
 BLOCK_SIZE = 256
 """Values that share a scale: 4 bytes of scale per 256 codes add 1.6 %."""
-LARGEST_CODE = 127
+_GRID = GRIDS["int8"]
 
 
 @dataclass(frozen=True)
@@ -51,14 +52,8 @@ def encode_update(vector: NDArray[np.float32]) -> EncodedUpdate:
     """
     if not np.isfinite(vector).all():
         raise UpdateError("this site's update has values that are not finite; it was not sent")
-    num_blocks = -(-vector.size // BLOCK_SIZE)
-    padded = np.zeros(num_blocks * BLOCK_SIZE, np.float32)
-    padded[: vector.size] = vector
-    blocks = padded.reshape(num_blocks, BLOCK_SIZE)
-    scales = (np.abs(blocks).max(axis=1, initial=0.0) / LARGEST_CODE).astype(np.float32)
-    steps = np.where(scales > 0, scales, 1.0)[:, None]
-    codes = np.clip(np.rint(blocks / steps), -LARGEST_CODE, LARGEST_CODE).astype(np.int8)
-    return EncodedUpdate(codes.reshape(-1)[: vector.size].copy(), scales)
+    codes_BK, scales = quantize_blocks(to_blocks(vector, BLOCK_SIZE), _GRID)
+    return EncodedUpdate(codes_BK.reshape(-1)[: vector.size].copy(), scales)
 
 
 def decode_update(update: EncodedUpdate, size: int) -> NDArray[np.float32]:
@@ -85,8 +80,7 @@ def decode_update(update: EncodedUpdate, size: int) -> NDArray[np.float32]:
         )
     if not np.isfinite(scales).all() or (scales < 0).any():
         raise UpdateError("an update has a scale that is negative or not finite")
-    with np.errstate(over="ignore"):
-        values = codes.astype(np.float32) * np.repeat(scales, BLOCK_SIZE)[:size]
+    values = dequantize_blocks(to_blocks(codes, BLOCK_SIZE), scales, _GRID).reshape(-1)[:size]
     if not np.isfinite(values).all():
         raise UpdateError("an update has values too large for float32")
     return values
