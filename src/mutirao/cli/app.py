@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from mutirao import __version__
-from mutirao.cli import demo, doctor, init, plan, report, run, schema, serve
+from mutirao.cli import demo, doctor, federate, init, plan, report, run, schema, serve
 
 app = typer.Typer(
     name="mutirao",
@@ -44,3 +44,4 @@ app.command("plan")(plan.plan)
 app.command("run")(run.run)
 app.command("chat")(run.chat)
 app.command("serve")(serve.serve)
+app.add_typer(federate.app, name="federate")

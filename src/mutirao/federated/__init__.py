@@ -5,6 +5,6 @@ imported only in ``client_app``, ``server_app`` and ``messages``, and started by
 ``deployment``; ``site`` and ``strategy``
 know nothing of how messages move. May import inference and everything below.
 
-Not here yet: secure aggregation, differential privacy, site policies, constant-memory
+Not here yet: secure aggregation, differential privacy, constant-memory
 aggregation of full weights, TLS and node keys (this version runs on loopback only).
 """

@@ -7,6 +7,7 @@ does not fit raises an error that names what came; nothing that is received is e
 
 from __future__ import annotations
 
+import hashlib
 import json
 from typing import Any
 
@@ -89,6 +90,18 @@ def _printable(text: str) -> str:
 def count_bytes(content: RecordDict) -> int:
     """Return the bytes of a message's content as Flower counts them: arrays, names, texts."""
     return sum(int(record.count_bytes()) for record in content.values())
+
+
+def hash_content(content: RecordDict) -> str:
+    """Return the sha256 of what ``count_bytes`` counts: each name and array, then the text."""
+    digest = hashlib.sha256()
+    for name, array in content[ARRAYS].items():
+        digest.update(name.encode())
+        digest.update(array.data)
+    for name, text in content[TEXT].items():
+        digest.update(name.encode())
+        digest.update(str(text).encode())
+    return digest.hexdigest()
 
 
 def _pack(arrays: dict[str, NDArray[Any]], text: dict[str, Any]) -> RecordDict:

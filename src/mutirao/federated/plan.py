@@ -67,7 +67,9 @@ class Site(Config):
     data: Path
     """The site's prepared data: an artifact of kind 'data'."""
     work: Path
-    """Where the site keeps its state and its log."""
+    """Where the site keeps its state, its key and its logs."""
+    policy: Path | None = None
+    """The site's policy file; null where the site obeys every plan."""
     turn: Path | None = None
     """A lock that the sites of one machine take in turn, so that only one of them at a time
     holds a model in memory; null where a site has its machine to itself."""

@@ -72,6 +72,8 @@ class RoundReply:
 
     update: EncodedUpdate
     answer: RoundAnswer
+    tensors: tuple[str, ...] = ()
+    """Names of the tensors in the update, for the site's own log; they do not travel."""
 
 
 class LocalTrainer:
@@ -177,7 +179,8 @@ def answer_round(
     request_sha256 = _request_hash(site, plan, round_number, state)
     if (kept := journal.read_reply(round_number, request_sha256)) is not None:
         update = EncodedUpdate(kept.pop("codes"), kept.pop("scales"))
-        return RoundReply(update, RoundAnswer.model_validate(kept))
+        tensors = tuple(kept.pop("tensors", ()))
+        return RoundReply(update, RoundAnswer.model_validate(kept), tensors)
     _import_early()
     with _turn(site):
         started = time.monotonic()
@@ -188,6 +191,7 @@ def answer_round(
         tell = partial(journal.write_progress, round_number)
         result = trainer.train_round(round_number, earlier, tell)
         update = encode_update(trainer.get_state() - state)
+        tensors = tuple(adapter_state(trainer.model))
         _keep_local(journal, round_number, trainer, result)
     answer = RoundAnswer(
         site=site.name,
@@ -201,9 +205,9 @@ def answer_round(
         round_number,
         request_sha256,
         {"codes": update.codes, "scales": update.scales},
-        answer.model_dump(mode="json"),
+        {**answer.model_dump(mode="json"), "tensors": tensors},
     )
-    return RoundReply(update, answer)
+    return RoundReply(update, answer, tensors)
 
 
 def train_alone(
