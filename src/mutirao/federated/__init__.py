@@ -5,6 +5,7 @@ imported only in ``client_app``, ``server_app`` and ``messages``, and started by
 ``deployment``; ``site`` and ``strategy``
 know nothing of how messages move. May import inference and everything below.
 
-Not here yet: secure aggregation, differential privacy, constant-memory
-aggregation of full weights, TLS and node keys (this version runs on loopback only).
+Written and tested, but in no run yet: ``secure`` (secure aggregation), ``codec`` version 2,
+``accumulator``, ``outer``, ``robust``, ``compatibility``. Not here: TLS and node keys (this
+version runs on loopback only).
 """
