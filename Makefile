@@ -13,7 +13,7 @@ INSTALLED := $(VENV)/.installed
 INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX),)
 CONSTRAINTS := $(CURDIR)/constraints.txt
 
-.PHONY: help demo test test-slow check fmt bench bench-demo bench-outcome bench-inference clean
+.PHONY: help demo test test-slow check fmt bench bench-demo bench-outcome bench-inference bench-plan clean
 .DEFAULT_GOAL := help
 
 help:  ## say what can be made
@@ -46,7 +46,7 @@ fmt: $(INSTALLED)  ## format and mend what can be mended
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: bench-demo bench-outcome bench-inference  ## all benchmarks
+bench: bench-demo bench-outcome bench-inference bench-plan  ## all benchmarks
 
 bench-demo: $(INSTALLED)  ## time and memory of the demonstration, anew, several runs
 	$(BIN)/python benchmarks/bench_demo.py
@@ -56,6 +56,9 @@ bench-outcome: $(INSTALLED)  ## AUROC per hospital on four real hospitals, befor
 
 bench-inference: $(INSTALLED)  ## speed and bytes of the engine and its peers, by memory (hours)
 	$(BIN)/python benchmarks/bench_inference.py $(ARGS)
+
+bench-plan: $(INSTALLED)  ## predicted beside measured speed of several placements
+	$(BIN)/python benchmarks/bench_plan.py --json docs/benchmarks/data/plan.json $(ARGS)
 
 clean:  ## remove what was built; downloads and runs under MUTIRAO_HOME stay
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,10 +1,11 @@
 """Predicted beside measured speed, for several placements of one model.
 
-    python benchmarks/bench_plan.py MODEL [--threads 2] [--tokens 24] [--rounds 3] [--quiet 60]
+    make bench-plan
+    python benchmarks/bench_plan.py [MODEL] [--threads 2] [--tokens 24] [--rounds 3] [--quiet 60]
                                           [--case NAME ...] [--json FILE]
 
-MODEL is a GGUF file, a folder, or a weight store. Each placement runs in a process of its own,
-in rounds interleaved with the others; the machine is probed right after each run, because a
+MODEL is a GGUF file, a folder, or a weight store; by default that of bench_inference.py. Each
+placement runs in a process of its own, in rounds interleaved with the others; the machine is probed right after each run, because a
 virtual disk's speed changes by the minute. A placement with drafts runs cycles of a fixed number
 of drafts and one check, so that its time does not depend on what text it writes. Before each run
 up to ``--quiet`` seconds are waited until other programs rest; a run during which they took more
@@ -22,6 +23,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+from inference.materials import fetch_model
 
 from mutirao.inference.architecture.program import compile_program
 from mutirao.inference.native.backend import NOTHING, NativeBackend, Placement
@@ -71,7 +74,7 @@ COLUMNS = (
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", type=Path)
+    parser.add_argument("model", type=Path, nargs="?")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--tokens", type=int, default=24, help="full passes in a run")
     parser.add_argument("--rounds", type=int, default=3)
@@ -83,7 +86,7 @@ def main() -> int:
     if arguments.child:
         print(json.dumps(_run(arguments)))
         return 0
-    store = WeightStore.open_or_build(arguments.model)
+    store = WeightStore.open_or_build(arguments.model or fetch_model(None))
     names = arguments.case or list(CASES)
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for number in range(arguments.rounds):

@@ -15,6 +15,7 @@ from inference.peers import PEERS
 STYLE = {
     "ours": ("#b8326a", "o", "-"),
     "ours-speculation": ("#d9691e", "D", "-"),
+    "ours-bfloat16": ("#5a1f5f", "D", "--"),
     "llama.cpp": ("#9aa7b4", "s", "-"),
     "llama.cpp-tuned": ("#2f6db3", "s", "-"),
     "llama.cpp-ngram": ("#2f6db3", "s", ":"),

@@ -93,15 +93,16 @@ class Peer:
 
     def python(self, materials: Materials) -> Path:
         """The interpreter that runs the runner."""
-        if self.model == "bfloat16" and materials.python is not None:
+        is_theirs = self.model == "bfloat16" and self.runner != "run_ours.py"
+        if is_theirs and materials.python is not None:
             return materials.python
         return Path(sys.executable)
 
     def files(self, materials: Materials, budget: Budget) -> list[Path]:
         """The files it reads while it runs."""
         weights = self.weights(materials, budget)
-        if self.runner == "run_ours.py":
-            return [store_directory(materials.model) / "weights.bin"]
+        if self.runner == "run_ours.py" and weights is not None:
+            return [store_directory(weights) / "weights.bin"]
         if self.runner == "run_airllm.py":
             return sorted((materials.scratch / "airllm").rglob("*.safetensors"))
         if weights is None or weights.is_file():
@@ -169,6 +170,14 @@ PEERS = (
         "run_ours.py",
         _ours("auto"),
         seconds_per_prompt=180.0,
+        prepare={"speculation": "auto", "prepare": True},
+    ),
+    Peer(
+        "ours-bfloat16",
+        "Mutirão, bfloat16, with self-speculation",
+        "run_ours.py",
+        _ours("auto"),
+        model="bfloat16",
         prepare={"speculation": "auto", "prepare": True},
     ),
     Peer(

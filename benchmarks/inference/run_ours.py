@@ -21,7 +21,9 @@ def main() -> None:
     task = read_task()
     is_preparing = bool(task["options"].get("prepare"))
     # With all weights in memory nothing would be calibrated.
-    little = Path(task["model"]).stat().st_size // 2 + LITTLE_MORE_BYTES
+    model = Path(task["model"])
+    files = [model] if model.is_file() else list(model.glob("*.safetensors"))
+    little = sum(file.stat().st_size for file in files) // 2 + LITTLE_MORE_BYTES
     engine = Engine.open(
         task["model"],
         memory=little if is_preparing else task["memory_bytes"],

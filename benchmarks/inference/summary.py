@@ -142,7 +142,7 @@ def hash_ids(ids: list[list[int]]) -> str:
 def ratios(summary: dict[str, dict[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
     """Return our median tokens/s over each peer's, by our line and budget."""
     found: dict[str, dict[str, dict[str, float]]] = {}
-    for ours in ("ours", "ours-speculation"):
+    for ours in ("ours", "ours-speculation", "ours-bfloat16"):
         for budget, cell in summary.get(ours, {}).items():
             if "tokens_per_s" not in cell:
                 continue

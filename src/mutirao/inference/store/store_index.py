@@ -30,7 +30,7 @@ from mutirao.inference.store.plane_formats import (
 )
 
 FORMAT_NAME = "mutirao weight store"
-VERSION = 1
+VERSION = 2
 """Of this layout; a store of another version is built again."""
 INDEX_NAME = "index.json"
 WEIGHTS_NAME = "weights.bin"
