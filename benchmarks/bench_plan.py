@@ -5,11 +5,12 @@
                                           [--case NAME ...] [--json FILE]
 
 MODEL is a GGUF file, a folder, or a weight store; by default that of bench_inference.py. Each
-placement runs in a process of its own, in rounds interleaved with the others; the machine is probed right after each run, because a
-virtual disk's speed changes by the minute. A placement with drafts runs cycles of a fixed number
-of drafts and one check, so that its time does not depend on what text it writes. Before each run
-up to ``--quiet`` seconds are waited until other programs rest; a run during which they took more
-than a tenth of the processors is not counted, as long as another one was better.
+placement runs in a process of its own, in rounds interleaved with the others; the machine is
+probed right after each run, because a virtual disk's speed changes by the minute. A placement
+with drafts runs cycles of a fixed number of drafts and one check, so that its time does not
+depend on what text it writes. Before each run up to ``--quiet`` seconds are waited until other
+programs rest; a run during which they took more than a tenth of the processors is not counted,
+as long as another one was better.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@
     ├── DiskFullError            1  no room is left to write
     ├── InferenceError           1  the engine failed while it ran: a read error, no memory
     │   └── MissingKernelError   1  there is no native kernel, and no compiler to make one
+    ├── PrivacyBudgetError       1  a step would exceed what may be spent on the units' privacy
     └── FederationError          1  a site or the server was lost, or answered wrongly
         ├── UpdateError          1  a site's update is malformed, non-finite or of another shape
         ├── PolicyError          1  a site's own policy does not allow what was asked of it
@@ -92,6 +93,10 @@ class InferenceError(MutiraoError):
 
 class MissingKernelError(InferenceError):
     """There is no native kernel for this machine, and no compiler to make one."""
+
+
+class PrivacyBudgetError(MutiraoError):
+    """A step would exceed what may be spent on the units' privacy; nothing of it was done."""
 
 
 class FederationError(MutiraoError):

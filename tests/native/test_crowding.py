@@ -56,7 +56,7 @@ CROWDED = {1: 0.036, 2: 0.087}
 @pytest.mark.parametrize("modes", [(0,), (0, 1, 1, 1)])
 def test_fewer_threads_while_it_is_crowded_and_all_of_them_after(rule, modes):
     rule.begin(2)
-    assert set(follow(rule, QUIET, 300, 2, modes=modes)) == {2}
+    assert follow(rule, QUIET, 300, 2, modes=modes).count(1) == 3  # tried once
     crowded = follow(rule, CROWDED, 600, 2, modes=modes)
     assert crowded[100:].count(1) > 0.9 * 500
     after = follow(rule, QUIET, 600, crowded[-1], modes=modes)
@@ -70,10 +70,16 @@ def test_more_threads_are_kept_where_they_are_faster_even_if_slow(rule):
     assert used[50:].count(2) > 0.9 * 550
 
 
+def test_it_was_crowded_from_the_start(rule):
+    rule.begin(2)
+    used = follow(rule, CROWDED, 600, 2)
+    assert used[20:].count(1) > 0.9 * 580
+
+
 def test_many_threads(rule):
     rule.begin(16)
     seconds = {threads: 0.1 / threads for threads in range(1, 17)}
-    assert set(follow(rule, seconds, 200, 16)) == {16}
+    assert follow(rule, seconds, 200, 16).count(16) == 197
     crowded = seconds | {16: 0.05, 15: 0.05}
     assert follow(rule, crowded, 400, 16)[-1] <= 14
     assert follow(rule, seconds, 2000, 13)[-1] == 16

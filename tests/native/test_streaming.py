@@ -172,14 +172,28 @@ def test_drafts_read_nothing(store):
         np.testing.assert_array_equal(backend.run(TOKENS, 0), full)
 
 
+@pytest.mark.parametrize("name", SPLITS)
+def test_drafts_of_resident_split_floats_read_their_codes(name, tmp_path):
+    store = make_store(tmp_path, SPEC, name)
+    codes = dict.fromkeys(store.tensors, 4)
+    with NativeBackend(store, placement(codes)) as backend:
+        expected = backend.run(TOKENS, 0, mode="draft")
+        full = backend.run(TOKENS, 0)
+    with NativeBackend(store, placement({})) as backend:
+        np.testing.assert_array_equal(backend.run(TOKENS, 0, mode="draft"), expected)
+        np.testing.assert_array_equal(backend.run(TOKENS, 0), full)
+    with NativeBackend(store, placement({}, joined=True)) as backend:
+        np.testing.assert_array_equal(backend.run(TOKENS, 0, mode="draft"), full)
+
+
 def test_drafts_of_streamed_matrices_read_their_first_planes(store):
     nothing = dict.fromkeys(store.tensors, NOTHING)
     for name, tensor in store.tensors.items():
         if tensor.scales is None or name == "token_embd":
             continue
         for planes in range(1, len(tensor.planes)):
-            resident = {name: planes}
-            with NativeBackend(store, placement(resident)) as backend:
+            # Joined, as the other split floats are read whole where they are streamed.
+            with NativeBackend(store, placement({name: planes}, joined=True)) as backend:
                 right = backend.run(TOKENS, 0, mode="draft")
             with NativeBackend(store, placement(nothing)) as backend:
                 backend.set_draft_planes(name, planes)

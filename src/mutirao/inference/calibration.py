@@ -33,7 +33,7 @@ from mutirao.inference.store.planes import find_format
 from mutirao.inference.store.weight_store import WeightStore
 
 FILE_NAME = "calibration.json"
-VERSION = 1
+VERSION = 2
 NUM_SKIPPED = 8
 """First tokens, which are not counted: with so little context they are guesses."""
 NUM_COMPARED = 48
@@ -45,8 +45,9 @@ NOISE = 0.02
 """Relative size of the noise that tells a layer's weight: about that of one dropped plane."""
 SMALLEST_WEIGHT = 1e-9
 """Of a depth, in nats: below it is rounding."""
-FRACTIONS = (0.95, 0.85, 0.75, 0.65, 0.55)
-"""Parts of the weights for which whole drafts are compared with the model."""
+FRACTIONS = (0.95, 0.85, 0.75, 0.65, 0.55, 0.4, 0.3, 0.22)
+"""Parts of the weights for which whole drafts are compared with the model; the last are of use to
+split floats only, whose codes take less than half."""
 TEXT = """\
 A hospital keeps its records for twenty years. The archivist opened the oldest box and found \
 letters, bills and a photograph of the first nurses. She wrote down what each page said, one \
@@ -230,8 +231,9 @@ class _Calibrator:
     def agreement(self, resident: dict[str, int]) -> float:
         """Return the share of tokens on which a whole draft names the model's first choice."""
         for name, planes in resident.items():
-            if 0 < planes < len(self.tensors[name].planes):
-                self.backend.set_draft_planes(name, planes)
+            form = find_format(self.tensors[name].format)
+            if 0 < planes < len(form.plane_widths) or (planes > 0 and form.split_from):
+                self.backend.set_draft_planes(name, min(planes, len(form.code_widths)))
         self._restore(0)
         self._run(self.starts[0], self.starts[-1], "draft")
         agreed = np.mean(

@@ -1,8 +1,8 @@
-"""Settings of the training loop; light, so that recipes can be read without PyTorch."""
+"""Settings of training, plain and private; light, so that recipes are read without PyTorch."""
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mutirao.config import Config
 
@@ -32,3 +32,37 @@ class TrainConfig(Config):
     """AdamW's decay of the second moment."""
     max_gradient_norm: float = Field(default=1.0, gt=0)
     """Gradients are scaled down to this global norm."""
+
+
+class PrivateConfig(Config):
+    """How units are sampled, clipped and blurred."""
+
+    num_units: int = Field(ge=1)
+    """Number of units as it may be known to all, rounded if need be. Sampling and scale follow
+    from it, however many units there really are, so that the real number stays a secret."""
+    units_per_step: float = Field(gt=0)
+    """Expected number of units in a step, at most num_units."""
+    noise_multiplier: float = Field(ge=0, allow_inf_nan=False)
+    """Standard deviation of the noise, as a multiple of max_unit_norm; 0 gives no privacy."""
+    max_unit_norm: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    """Global norm that a unit's gradient is scaled down to; the gradient is of the loss summed
+    over the unit's learned tokens, in nats."""
+    records_per_pass: int = Field(default=16, ge=1)
+    """Most records in one forward pass; bounds memory, changes results by rounding only."""
+    is_vectorized: bool = False
+    """Pass several units at once, where all that is trained are weights and biases of linear
+    layers, and take their gradients apart afterwards."""
+
+    @property
+    def sampling_probability(self) -> float:
+        """Probability that a unit takes part in a step."""
+        return self.units_per_step / self.num_units
+
+    @model_validator(mode="after")
+    def _check_probability(self) -> PrivateConfig:
+        if self.units_per_step > self.num_units:
+            raise ValueError(
+                f"units_per_step={self.units_per_step:g} is not accepted (expected at most "
+                f"num_units={self.num_units})"
+            )
+        return self

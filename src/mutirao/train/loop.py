@@ -106,6 +106,22 @@ def train(
     return TrainResult(loss_sum / num_learned, num_tokens, len(batches), optimizer.state_dict())
 
 
+def loss_mask(examples: Sequence[Example], ids_BT: Tensor) -> Tensor:
+    """Return where a token is learned: after the context, padding left out.
+
+    Args:
+        examples: one for each row.
+        ids_BT: (B, T) their tokens, padded at the end.
+
+    Returns:
+        (B, T) bool, on the device of ids_BT.
+    """
+    mask_BT = torch.zeros_like(ids_BT, dtype=torch.bool)
+    for row, example in enumerate(examples):
+        mask_BT[row, max(1, example.num_context) : len(example.ids)] = True
+    return mask_BT
+
+
 def _step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -116,7 +132,7 @@ def _step(
 ) -> tuple[float, int]:
     """Do one optimizer step; return the summed loss in nats and the number of learned tokens."""
     ids_BT, attention_mask_BT = pad_sequences([example.ids for example in examples], pad_id)
-    loss_mask_BT = _loss_mask(examples, ids_BT)
+    loss_mask_BT = loss_mask(examples, ids_BT)
     num_learned = int(loss_mask_BT.sum())
     if num_learned == 0:
         return 0.0, 0
@@ -133,11 +149,3 @@ def _step(
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return value, num_learned
-
-
-def _loss_mask(examples: Sequence[Example], ids_BT: Tensor) -> Tensor:
-    """(B, T) True where a token is learned: after the context, padding left out."""
-    mask_BT = torch.zeros_like(ids_BT, dtype=torch.bool)
-    for row, example in enumerate(examples):
-        mask_BT[row, max(1, example.num_context) : len(example.ids)] = True
-    return mask_BT

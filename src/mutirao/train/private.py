@@ -6,7 +6,8 @@ deviation σ C is added to the sum over units, and the result is divided by the 
 number of units, never by the real one, which is a secret. A step that happens to take no
 unit is a step all the same. What AdamW makes of the noisy gradient is post-processing
 (Abadi et al. 2016, arXiv:1607.00133; units of several records as in McMahan et al. 2018,
-arXiv:1710.06963). ``accountant`` says what the steps cost.
+arXiv:1710.06963). Here are sampling, clipping, noise and the loop; ``unit_gradients`` makes the
+gradients, and ``accountant`` says what the steps cost.
 
 Meant for few trainable parameters, such as LoRA's: a unit's gradient is held whole.
 Private is the changed model alone. What else there is to see here (losses, times, the
@@ -24,76 +25,40 @@ Not here: data parallelism, adaptive clipping, noise that is correlated over ste
 of it is wired into federated runs or recipes yet: rounds there train without noise, records
 carry no unit key, and a site's answer holds losses and counts that no ε covers.
 
-Shapes: B records, T tokens, I inputs, O outputs, P values of all trainable parameters.
+Shapes: B records, T tokens, P values of all trainable parameters.
 """
 
 from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
-from mutirao.config import Config
 from mutirao.data.tokenization import Example
-from mutirao.errors import DataError, InputError, ShapeError
+from mutirao.errors import DataError, InputError, PrivacyBudgetError
 from mutirao.models.batching import pad_sequences
 from mutirao.models.causal import masked_loss_sum
 from mutirao.train.accountant import PrivacyBudget
-from mutirao.train.config import TrainConfig
-from mutirao.train.loop import _loss_mask, learning_rate_at
+from mutirao.train.config import PrivateConfig, TrainConfig
+from mutirao.train.loop import learning_rate_at, loss_mask
+from mutirao.train.unit_gradients import (
+    RecordLoss,
+    count_values,
+    trainable_parameters,
+    unit_gradients,
+)
 
 R = TypeVar("R")
 
-RecordLoss: TypeAlias = Callable[[nn.Module, Sequence[R]], Tensor]
-"""Sums the losses of records. Each record's loss must depend on that record alone, and in
-every layer row b of the input must belong to record b."""
-
 RandomBytes: TypeAlias = Callable[[int], bytes]
 """Draws so many random bytes."""
-
-
-class PrivateConfig(Config):
-    """How units are sampled, clipped and blurred."""
-
-    num_units: int = Field(ge=1)
-    """Number of units as it may be known to all, rounded if need be. Sampling and scale follow
-    from it, however many units there really are, so that the real number stays a secret."""
-    units_per_step: float = Field(gt=0)
-    """Expected number of units in a step, at most num_units."""
-    noise_multiplier: float = Field(ge=0, allow_inf_nan=False)
-    """Standard deviation of the noise, as a multiple of max_unit_norm; 0 gives no privacy."""
-    max_unit_norm: float = Field(default=1.0, gt=0, allow_inf_nan=False)
-    """Global norm that a unit's gradient is scaled down to; the gradient is of the loss summed
-    over the unit's learned tokens, in nats."""
-    records_per_pass: int = Field(default=16, ge=1)
-    """Most records in one forward pass; bounds memory, changes results by rounding only."""
-    is_vectorized: bool = False
-    """Pass several units at once, where all that is trained are weights and biases of linear
-    layers, and take their gradients apart afterwards."""
-
-    @property
-    def sampling_probability(self) -> float:
-        """Probability that a unit takes part in a step."""
-        return self.units_per_step / self.num_units
-
-    @model_validator(mode="after")
-    def _check_probability(self) -> PrivateConfig:
-        if self.units_per_step > self.num_units:
-            raise ValueError(
-                f"units_per_step={self.units_per_step:g} is not accepted (expected at most "
-                f"num_units={self.num_units})"
-            )
-        return self
 
 
 @dataclass(frozen=True)
@@ -144,11 +109,12 @@ def train_private(
         draw_bytes: FOR TESTS ALONE anything but the operating system's generator.
 
     Raises:
-        InputError: the budget does not last for ``num_steps`` (nothing was spent), or the
-            model has layers that mix records, trained buffers or nothing to train.
+        PrivacyBudgetError: the budget does not last for ``num_steps``; nothing was spent.
+        InputError: the model has layers that mix records, trained buffers, buffers that
+            change, or nothing to train; or see ``unit_gradients``.
         ShapeError: see ``unit_gradients``.
     """
-    parameters = _trainable(model)
+    parameters = trainable_parameters(model)
     q, sigma = private.sampling_probability, private.noise_multiplier
     _check_budget(budget, private, num_steps)
     if draw_bytes is not secrets.token_bytes:
@@ -170,7 +136,7 @@ def train_private(
             on_spend(budget)
         chosen = [units[index] for index in sample_units(len(units), q, draw_bytes)]
         gradients = unit_gradients(model, chosen, record_loss, private)
-        mean_P, ignored = noisy_mean(gradients, _num_values(parameters), private, draw_bytes)
+        mean_P, ignored = noisy_mean(gradients, count_values(parameters), private, draw_bytes)
         num_ignored += ignored
         rate = learning_rate_at(config, step * config.tokens_per_step, total_tokens)
         for group in optimizer.param_groups:
@@ -218,7 +184,7 @@ def example_loss(pad_id: int, *, autocast: bool = True) -> RecordLoss[Example]:
 
     def loss_sum(model: nn.Module, examples: Sequence[Example]) -> Tensor:
         ids_BT, attention_mask_BT = pad_sequences([example.ids for example in examples], pad_id)
-        loss_mask_BT = _loss_mask(examples, ids_BT)
+        loss_mask_BT = loss_mask(examples, ids_BT)
         device_type = next(model.parameters()).device.type
         with torch.autocast(device_type, dtype=torch.bfloat16, enabled=autocast):
             return masked_loss_sum(model, ids_BT, attention_mask_BT, loss_mask_BT)
@@ -234,38 +200,6 @@ def sample_units(num_units: int, probability: float, draw_bytes: RandomBytes) ->
     bits = np.frombuffer(draw_bytes(8 * num_units), np.uint64)
     is_taken = _unit_interval(bits) < probability
     return [int(index) for index in np.flatnonzero(is_taken)]
-
-
-def unit_gradients(
-    model: nn.Module,
-    units: Iterable[Sequence[R]],
-    record_loss: RecordLoss[R],
-    private: PrivateConfig,
-) -> Iterator[Tensor]:
-    """Give the gradient of each unit's summed loss, unclipped, one unit after the other.
-
-    One backward pass per unit, or per ``records_per_pass`` of its records, whatever the
-    model. With ``is_vectorized``, units that fit together into a pass share one; the same
-    up to rounding, which then depends a little on the neighbours.
-
-    Returns:
-        (P,) float64 on the CPU, in the order of the model's trainable parameters.
-
-    Raises:
-        InputError: ``is_vectorized``, and something else than linear layers is trained.
-        ShapeError: ``is_vectorized``, and the rows of a layer's input are not the records.
-    """
-    parameters = _trainable(model)
-    if not private.is_vectorized:
-        for unit in units:
-            yield _gradient(model, parameters, unit, record_loss, private.records_per_pass)
-        return
-    layers = _linear_layers(model, parameters)
-    for together in _pack(units, private.records_per_pass):
-        if len(together) > 1:
-            yield from _gradients_together(model, parameters, layers, together, record_loss)
-        else:
-            yield _gradient(model, parameters, together[0], record_loss, private.records_per_pass)
 
 
 def clip_gradient(gradient_P: Tensor, max_norm: float) -> Tensor | None:
@@ -328,29 +262,11 @@ def _unit_interval(bits: NDArray[np.uint64]) -> NDArray[np.float64]:
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def _trainable(model: nn.Module) -> list[nn.Parameter]:
-    """Return what is trained, if it can be trained privately."""
-    for name, module in model.named_modules():
-        keeps_statistics = isinstance(module, _NormBase) and module.track_running_stats
-        if isinstance(module, _BatchNorm) or keeps_statistics:
-            raise InputError(
-                f"layer {name} ({type(module).__name__}) mixes records, so that clipping bounds "
-                "nobody's influence; use layer or group normalization"
-            )
-    for name, buffer in model.named_buffers():
-        if buffer.requires_grad:
-            raise InputError(f"buffer {name} is trained; make it a parameter or freeze it")
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not parameters:
-        raise InputError("the model has nothing to train; attach an adapter first")
-    return parameters
-
-
 def _check_budget(budget: PrivacyBudget, private: PrivateConfig, num_steps: int) -> None:
     q, sigma = private.sampling_probability, private.noise_multiplier
     remaining = budget.remaining_steps(q, sigma)
     if remaining < num_steps:
-        raise InputError(
+        raise PrivacyBudgetError(
             f"{num_steps} steps with q={q:g} and noise multiplier {sigma:g} do not fit into "
             f"epsilon={budget.epsilon:g} at delta={budget.delta:g} (at most {remaining} more); "
             "take fewer steps or more noise"
@@ -366,147 +282,7 @@ def _check_buffers(model: nn.Module, before: dict[str, Tensor]) -> None:
             )
 
 
-def _num_values(parameters: Sequence[nn.Parameter]) -> int:
-    return sum(parameter.numel() for parameter in parameters)
-
-
 def _set_gradients(parameters: Sequence[nn.Parameter], gradient_P: Tensor) -> None:
     pieces = torch.split(gradient_P, [parameter.numel() for parameter in parameters])
     for parameter, piece in zip(parameters, pieces, strict=True):
         parameter.grad = piece.reshape(parameter.shape).to(parameter)
-
-
-def _flatten(gradients: Iterable[Tensor | None], parameters: Sequence[nn.Parameter]) -> Tensor:
-    """(P,) float64 on the CPU; None stands for zeros."""
-    return torch.cat(
-        [
-            torch.zeros(parameter.numel(), dtype=torch.float64)
-            if gradient is None
-            else gradient.detach().to("cpu", torch.float64).reshape(-1)
-            for gradient, parameter in zip(gradients, parameters, strict=True)
-        ]
-    )
-
-
-def _gradient(
-    model: nn.Module,
-    parameters: Sequence[nn.Parameter],
-    unit: Sequence[R],
-    record_loss: RecordLoss[R],
-    records_per_pass: int,
-) -> Tensor:
-    """(P,) float64 gradient of one unit, by backward passes."""
-    gradient_P = torch.zeros(_num_values(parameters), dtype=torch.float64)
-    for start in range(0, len(unit), records_per_pass):
-        loss = record_loss(model, unit[start : start + records_per_pass])
-        if loss.requires_grad:
-            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-            gradient_P += _flatten(gradients, parameters)
-    return gradient_P
-
-
-def _pack(units: Iterable[Sequence[R]], max_records: int) -> Iterator[list[Sequence[R]]]:
-    """Put neighbouring units together, up to ``max_records``; a larger unit stays alone."""
-    together: list[Sequence[R]] = []
-    num_records = 0
-    for unit in units:
-        if together and num_records + len(unit) > max_records:
-            yield together
-            together, num_records = [], 0
-        together.append(unit)
-        num_records += len(unit)
-    if together:
-        yield together
-
-
-def _linear_layers(model: nn.Module, parameters: Sequence[nn.Parameter]) -> list[nn.Linear]:
-    layers = [
-        module
-        for module in model.modules()
-        if type(module) is nn.Linear
-        and any(parameter.requires_grad for parameter in module.parameters())
-    ]
-    covered = {id(parameter) for layer in layers for parameter in layer.parameters()}
-    if any(id(parameter) not in covered for parameter in parameters):
-        raise InputError(
-            "is_vectorized=true is not accepted for this model: something else than linear "
-            "layers is trained; set is_vectorized=false"
-        )
-    return layers
-
-
-@dataclass(frozen=True)
-class _Call:
-    """One use of a linear layer."""
-
-    layer: nn.Linear
-    input: Tensor
-    """(B, ..., I), outside the graph."""
-    output: Tensor
-    """(B, ..., O), within the graph."""
-
-
-@contextmanager
-def _recorded(layers: Sequence[nn.Linear]) -> Iterator[list[_Call]]:
-    calls: list[_Call] = []
-
-    def keep(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        assert isinstance(layer, nn.Linear)
-        calls.append(_Call(layer, inputs[0].detach(), output))
-
-    handles = [layer.register_forward_hook(keep) for layer in layers]
-    try:
-        yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _gradients_together(
-    model: nn.Module,
-    parameters: Sequence[nn.Parameter],
-    layers: Sequence[nn.Linear],
-    units: Sequence[Sequence[R]],
-    record_loss: RecordLoss[R],
-) -> Iterator[Tensor]:
-    """(P,) float64 gradient of each unit, from one pass over all of them.
-
-    A linear layer's weight gradient is the sum over rows of slope ⊗ input (Goodfellow 2015,
-    arXiv:1510.01799), so that each unit's rows give its own.
-    """
-    records = [record for unit in units for record in unit]
-    with _recorded(layers) as calls:
-        loss = record_loss(model, records)
-    if any(len(call.input) != len(records) for call in calls):
-        raise ShapeError(
-            f"a layer's input does not have one row for each of {len(records)} records; set "
-            "is_vectorized=false"
-        )
-    outputs = [call.output for call in calls]
-    slopes: Sequence[Tensor | None] = [None] * len(outputs)
-    if outputs and loss.requires_grad:
-        slopes = torch.autograd.grad(loss, outputs, allow_unused=True)
-    first = 0
-    for unit in units:
-        rows = slice(first, first + len(unit))
-        first += len(unit)
-        gradients: dict[int, Tensor] = {}
-        for call, slope_BTO in zip(calls, slopes, strict=True):
-            if slope_BTO is not None:
-                _add_layer_gradient(gradients, call, slope_BTO[rows], call.input[rows])
-        yield _flatten((gradients.get(id(parameter)) for parameter in parameters), parameters)
-
-
-def _add_layer_gradient(
-    gradients: dict[int, Tensor], call: _Call, slope_BTO: Tensor, input_BTI: Tensor
-) -> None:
-    """Add the gradients of one use of a layer to those by parameter."""
-    dtype = call.layer.weight.dtype
-    slope_NO = slope_BTO.reshape(-1, slope_BTO.shape[-1]).to(dtype)
-    input_NI = input_BTI.reshape(-1, input_BTI.shape[-1]).to(dtype)
-    for parameter, gradient in (
-        (call.layer.weight, slope_NO.T @ input_NI),
-        (call.layer.bias, slope_NO.sum(dim=0)),
-    ):
-        if parameter is not None and parameter.requires_grad:
-            gradients[id(parameter)] = gradients.get(id(parameter), 0) + gradient

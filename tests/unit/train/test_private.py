@@ -1,9 +1,4 @@
-"""DP-SGD: clipping per unit, noise as promised, nothing seen of who took part; an audit of it.
-
-The audit asks whether somebody who knows everything but whether one unit took part does
-better at telling than the claimed ε allows. It must fail against the real thing, and
-succeed where the noise is off or weaker than claimed.
-"""
+"""DP-SGD: clipping per unit, noise as promised, nothing seen of who took part."""
 
 import math
 import secrets
@@ -13,15 +8,19 @@ import pytest
 import torch
 from scipy import stats
 from torch import nn
+from toy_units import (
+    adapted_model,
+    count_only,
+    language_units,
+    squared_error,
+    toy_model,
+    toy_units,
+)
 
-from mutirao.config import parse_recipe
-from mutirao.data.tokenization import Example
-from mutirao.errors import DataError, InputError, RecipeError, ShapeError
-from mutirao.formats.huggingface import load_causal_lm
-from mutirao.train.accountant import Phase, PrivacyBudget, epsilon_spent
-from mutirao.train.config import TrainConfig
+from mutirao.errors import DataError, InputError, PrivacyBudgetError
+from mutirao.train.accountant import PrivacyBudget
+from mutirao.train.config import PrivateConfig, TrainConfig
 from mutirao.train.private import (
-    PrivateConfig,
     clip_gradient,
     example_loss,
     fixed_bytes_for_tests_only,
@@ -30,41 +29,11 @@ from mutirao.train.private import (
     normal_draws,
     sample_units,
     train_private,
-    unit_gradients,
 )
-from mutirao.tune.config import LoRAConfig
-from mutirao.tune.lora import attach_lora
+from mutirao.train.unit_gradients import unit_gradients
 
 TRAIN = TrainConfig(learning_rate=1e-2, warmup_tokens=0, tokens_per_step=32)
 PRIVATE = PrivateConfig(num_units=4, units_per_step=2.0, noise_multiplier=0.0, max_unit_norm=0.5)
-
-
-def count_only():
-    return PrivacyBudget(math.inf, 1e-5)
-
-
-def squared_error(model, records):
-    """Summed over records (x, y)."""
-    x_BI = torch.stack([x for x, _ in records])
-    y_B1 = torch.stack([y for _, y in records])
-    return ((model(x_BI) - y_B1) ** 2).sum()
-
-
-def toy_units(num_records=(1, 3, 2, 1), seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        [
-            (torch.randn(3, generator=generator), torch.randn(1, generator=generator))
-            for _ in range(num)
-        ]
-        for num in num_records
-    ]
-
-
-def toy_model(seed=0):
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return nn.Linear(3, 1)
 
 
 def train_toy(model, units, private, *, seed=0, num_steps=1, budget=None, **others):
@@ -183,87 +152,12 @@ def test_a_step_without_units_is_a_noisy_step_that_is_paid_for():
     assert result.num_steps == budget.phases[0].num_steps == 3
 
 
-@pytest.fixture
-def language_units():
-    lengths = ((4, 9), (16,), (7, 12, 3), (5,), (11,))
-    units = []
-    for number, unit in enumerate(lengths):
-        first = 5 + 7 * number
-        units.append([Example(tuple(range(first, first + n)), 1 + n % 3) for n in unit])
-    return units
-
-
-def _adapted(folder, *, freeze_a):
-    model, _ = load_causal_lm(folder, dtype="float32")
-    config = LoRAConfig(
-        rank=2, alpha=4, target_modules=("q_proj", "down_proj"), num_layers=2, freeze_a=freeze_a
-    )
-    model = attach_lora(model, config, seed=3)
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(0)
-        for parameter in model.parameters():
-            if parameter.requires_grad:  # B begins at zero, where the gradient of A is zero too
-                parameter.copy_(0.1 * torch.randn_like(parameter))
-    return model
-
-
-@pytest.mark.parametrize("freeze_a", [True, False])
-@pytest.mark.parametrize("records_per_pass", [1, 3, 100])
-def test_the_vectorized_path_is_the_slow_one(
-    tiny_model_directory, language_units, freeze_a, records_per_pass
-):
-    model = _adapted(tiny_model_directory, freeze_a=freeze_a)
-    loss = example_loss(0, autocast=False)
-
-    def gradients(**changes):
-        config = PRIVATE.model_copy(update=changes)
-        return torch.stack(list(unit_gradients(model, language_units, loss, config)))
-
-    slow_UP = gradients(records_per_pass=1)
-    fast_UP = gradients(records_per_pass=records_per_pass, is_vectorized=True)
-    assert slow_UP.abs().amax(dim=1).min() > 1e-3
-    torch.testing.assert_close(fast_UP, slow_UP, rtol=1e-4, atol=1e-5)
-
-
-def test_the_vectorized_path_knows_biases_and_layers_used_twice():
-    class Twice(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer, self.out = nn.Linear(3, 3), nn.Linear(3, 1, bias=False)
-
-        def forward(self, x):
-            return self.out(self.layer(torch.tanh(self.layer(x))))
-
-    model, units = Twice().double(), toy_units()
-    units = [[(x.double(), y.double()) for x, y in unit] for unit in units]
-    slow = list(unit_gradients(model, units, squared_error, PRIVATE))
-    fast = list(
-        unit_gradients(
-            model, units, squared_error, PRIVATE.model_copy(update={"is_vectorized": True})
-        )
-    )
-    torch.testing.assert_close(torch.stack(fast), torch.stack(slow), rtol=1e-12, atol=1e-12)
-
-
-def test_the_vectorized_path_refuses_what_it_cannot_take_apart():
-    fast = PRIVATE.model_copy(update={"is_vectorized": True})
-    model = nn.Sequential(nn.Linear(3, 1), nn.LayerNorm(1))
-    with pytest.raises(InputError, match="something else than linear layers"):
-        list(unit_gradients(model, toy_units(), squared_error, fast))
-
-    def joined(model, records):
-        return model(torch.cat([x for x, _ in records])[None, :3]).sum()
-
-    with pytest.raises(ShapeError, match="one row for each of 7 records"):
-        list(unit_gradients(toy_model(), toy_units(), joined, fast))
-
-
-def test_training_an_adapter_learns_and_changes_nothing_else(tiny_model_directory, language_units):
-    model = _adapted(tiny_model_directory, freeze_a=True)
+def test_training_an_adapter_learns_and_changes_nothing_else(tiny_model_directory):
+    model = adapted_model(tiny_model_directory, freeze_a=True)
     frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
     config = PrivateConfig(num_units=5, units_per_step=4.0, noise_multiplier=0.02)
     loss = example_loss(0)
-    examples = [example for unit in language_units for example in unit]
+    examples = [example for unit in language_units() for example in unit]
 
     def total():
         with torch.no_grad():
@@ -272,7 +166,7 @@ def test_training_an_adapter_learns_and_changes_nothing_else(tiny_model_director
     before = total()
     result = train_private(
         model,
-        language_units,
+        language_units(),
         loss,
         TRAIN,
         config.model_copy(update={"is_vectorized": True}),
@@ -315,11 +209,12 @@ def test_a_run_that_the_budget_does_not_last_for_is_refused_before_it_starts():
     assert affordable >= 1
     model = toy_model()
     before = model.weight.detach().clone()
-    with pytest.raises(InputError, match=rf"do not fit .* \(at most {affordable} more\)"):
+    with pytest.raises(PrivacyBudgetError, match=rf"do not fit .* \(at most {affordable} more\)"):
         train_toy(model, toy_units(), config, budget=budget, num_steps=affordable + 1)
     assert budget.phases == ()
     assert torch.equal(model.weight, before)
-    with pytest.raises(InputError, match=r"noise multiplier 0 do not fit .* \(at most 0 more\)"):
+    refusal = r"noise multiplier 0 do not fit .* \(at most 0 more\)"
+    with pytest.raises(PrivacyBudgetError, match=refusal):
         train_toy(model, toy_units(), PRIVATE, budget=budget)
 
 
@@ -398,83 +293,3 @@ def test_records_of_a_unit_come_together():
         group_units("ab", ["p", ""])
     with pytest.raises(DataError, match="2 records came with 1 unit keys"):
         group_units("ab", ["p"])
-
-
-def test_more_units_than_there_are_cannot_be_expected():
-    with pytest.raises(RecipeError, match="units_per_step=5"):
-        parse_recipe(PrivateConfig, {"num_units": 4, "units_per_step": 5, "noise_multiplier": 1.0})
-
-
-DELTA = 1e-3
-NUM_RUNS = 1200
-NUM_AUDITED_STEPS = 3
-CLAIMED = PrivateConfig(num_units=4, units_per_step=2.0, noise_multiplier=1.2)
-
-
-def canary_scores(private, with_canary, seed):
-    """What an observer of the optimizer's state makes of many runs: the canary's direction.
-
-    The canary's gradient is far beyond the clipping norm along the first weight, which no
-    other unit moves. AdamW's first moment holds the steps' noisy gradients, summed.
-    """
-    config = TRAIN.model_copy(update={"beta1": 0.999})
-    others = [[(torch.tensor([0.0, 1.0, 0.5]), torch.ones(1))], [(torch.ones(3), torch.ones(1))]]
-    others[1][0][0][0] = 0.0
-    canary = [(torch.tensor([1e3, 0.0, 0.0]), torch.full((1,), -1e3))]
-    units = [*others, canary] if with_canary else others
-    draw = fixed_bytes_for_tests_only(seed)
-    scores = []
-    for _ in range(NUM_RUNS):
-        model = nn.Linear(3, 1, bias=False)
-        nn.init.ones_(model.weight)
-        result = train_private(
-            model,
-            units,
-            squared_error,
-            config,
-            private,
-            budget=count_only(),
-            num_steps=NUM_AUDITED_STEPS,
-            draw_bytes=draw,
-        )
-        scores.append(float(result.optimizer_state["state"][0]["exp_avg"][0, 0]))
-    return np.array(scores)
-
-
-def empirical_epsilon(private):
-    """Return a lower bound on ε that holds with 95 % confidence.
-
-    The threshold is chosen on half of the runs and judged on the other half, by Clopper and
-    Pearson's intervals of both rates (as Nasr et al. 2021, arXiv:2101.04535).
-    """
-    member, stranger = (canary_scores(private, there, seed=there) for there in (True, False))
-    half = NUM_RUNS // 2
-
-    def bound(threshold, rows):
-        hits, alarms = (int((scores[rows] > threshold).sum()) for scores in (member, stranger))
-        least_hits = stats.beta.ppf(0.025, hits, half - hits + 1) if hits else 0.0
-        most_alarms = stats.beta.ppf(0.975, alarms + 1, half - alarms) if alarms < half else 1.0
-        return math.log(max((least_hits - DELTA) / most_alarms, 1e-9))
-
-    thresholds = np.quantile(np.concatenate([member, stranger]), np.linspace(0.3, 0.99, 60))
-    best = max(thresholds, key=lambda threshold: bound(threshold, slice(half)))
-    return bound(best, slice(half, None))
-
-
-def test_audit_stays_below_the_claim_and_finds_noise_that_is_weaker():
-    claim = epsilon_spent(
-        [
-            Phase(
-                sampling_probability=CLAIMED.sampling_probability,
-                noise_multiplier=CLAIMED.noise_multiplier,
-                num_steps=NUM_AUDITED_STEPS,
-            )
-        ],
-        DELTA,
-    )
-    found = empirical_epsilon(CLAIMED)
-    weaker = empirical_epsilon(CLAIMED.model_copy(update={"noise_multiplier": 0.1}))
-    noiseless = empirical_epsilon(CLAIMED.model_copy(update={"noise_multiplier": 0.0}))
-    assert 0.3 < found <= claim
-    assert weaker > claim
-    assert noiseless > claim

@@ -2,9 +2,9 @@
  *
  * All threads meet some hundred times per token. Where another program takes a core's time, the
  * one thread without a core is waited for each time, and fewer threads are faster: with one busy
- * program on two cores, one thread made 28 tokens/s, two made 11 (Qwen2.5-1.5B, 2026-11-25). So when
- * passes become clearly slower than they were, fewer threads are tried, and later more again; what
- * is kept is what was faster. The result of a pass does not depend on threads. */
+ * program on two cores, one thread is faster than two. So fewer threads are tried once, early on, and
+ * again when passes become clearly slower than they were; later more again. What is kept is what was
+ * faster. The result of a pass does not depend on threads. */
 #ifndef MUTIRAO_CROWDING_H
 #define MUTIRAO_CROWDING_H
 
@@ -48,7 +48,8 @@ static inline void crowding_learn(crowding *c, int mode, double seconds) {
     *least_s = *least_s > 0 && *least_s * forget < seconds ? *least_s * forget : seconds;
     if (++c->num_passes < c->rest) return;
     const int step = (c->settled + 7) / 8;
-    const int crowded = *usual_s > slower * *least_s && c->settled > 1;
+    /* The first time nobody knows yet how fast passes are where nothing disturbs them. */
+    const int crowded = (*usual_s > slower * *least_s || c->num_trials == 0) && c->settled > 1;
     const int can_grow = c->settled < c->most;
     c->num_passes = 0;
     c->trial_s = 0;

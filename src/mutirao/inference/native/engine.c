@@ -391,8 +391,9 @@ EXPORT double engine_op_s(const engine *e, int kind) { return e->op_s[kind]; }
 EXPORT int engine_threads(const engine *e) { return pool_active(e->threads); }
 /* Compute with so many threads from now on, of those there are; 0: as many as are worth their while. */
 EXPORT void engine_use_threads(engine *e, int num_threads) {
+    crowding_begin(&e->crowd, e->set.num_threads);
     e->crowd.fixed = num_threads;
-    e->crowd.threads = num_threads ? num_threads : e->set.num_threads;
+    if (num_threads) e->crowd.threads = num_threads;
     pool_use(e->threads, e->crowd.threads);
 }
 EXPORT int engine_num_pieces(const engine *e) { return e->num_pieces; }
@@ -428,6 +429,7 @@ static matrix_view view_of(const tensor *t, int draft, const piece *p, const uin
                      .joined = joined};
     int bits = 0;
     for (int g = 0; g < t->num_groups; g++) {
+        if (draft && is->whole_kind && !is_joined(is) && bits == is->bits) break; /* codes alone are faster */
         v.planes[v.num_planes] = t->groups[g];
         bits += v.widths[v.num_planes++] = t->group_widths[g];
     }

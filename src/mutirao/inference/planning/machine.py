@@ -145,8 +145,11 @@ class Machine:
         form = find_format(format_name)
         whole = merged_widths(form, len(form.plane_widths))
         if format_name == "F16_SPLIT":  # as BF16_SPLIT, whose rests are narrower
-            like = by_key[format_name, whole], self._costs("BF16_SPLIT", _narrow(whole))
-            known = zip(self._costs("BF16_SPLIT", _narrow(widths)), *like, strict=True)
+            near = self._costs("BF16_SPLIT", _narrow(widths))
+            measured = by_key.get((format_name, whole))
+            if widths == _narrow(widths) or measured is None:
+                return near
+            known = zip(near, measured, self._costs("BF16_SPLIT", _narrow(whole)), strict=True)
             return [cost * ours / theirs for cost, ours, theirs in known]
         for other in (name for name, found in by_key if found == widths):
             alike = by_key.get((other, whole))

@@ -16,7 +16,6 @@ from mutirao.inference.calibration import Calibration
 from mutirao.inference.planning.machine import Machine, memory_limits
 from mutirao.inference.planning.plan_source import PlannedModel, planned_models
 from mutirao.inference.planning.planner import (
-    ALL_RESIDENT,
     Plan,
     Plans,
     TooLittleMemoryError,
@@ -102,8 +101,7 @@ class ModelPlans:
         least = f"{what} in {self.least_bytes[quantization] / 1e6:.0f} MB or more"
         if plans is None:
             return f"{least}."
-        whole = next(plan for plan in plans.plans if plan.name == ALL_RESIDENT)
-        return f"{least}, and is all resident from {whole.memory.total / 1e6:.0f} MB."
+        return f"{least}, and is all resident from {plans.all_resident_bytes / 1e6:.0f} MB."
 
     def _all_plans(self) -> list[Plan]:
         return [plan for _, plans in self.models.values() if plans for plan in plans.plans]

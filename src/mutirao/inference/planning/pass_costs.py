@@ -176,6 +176,8 @@ class PassCosts:
             )
         if is_draft or not pieces:
             is_joined = form.split_from and self.placement.joined and not pieces
+            if is_draft and form.split_from:
+                widths = merged_widths(form, min(num_resident, len(form.code_widths)))
             kind = (form.split_from, ()) if is_joined else (tensor.format, widths)
             product_s = self.machine.product_s(*kind, weights, rows)
             return [Step(product_s + self.machine.loop_s)]

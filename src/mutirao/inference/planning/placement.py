@@ -125,6 +125,8 @@ def split(
 ) -> Choice | None:
     """Keep the upper planes of everything; drop lower ones where that costs the draft least.
 
+    Drafts do not read the rests of split floats, so these leave memory first.
+
     Args:
         matrices: those that are multiplied.
         lookups: those of which rows are looked up; never resident.
@@ -138,7 +140,7 @@ def split(
     matrices = list(matrices)
     kept = {each.name: len(each.planes) for each in matrices}
     resident_bytes = sum(sum(extent_bytes(each)) for each in matrices)
-    total, loss = resident_bytes, 0.0
+    total, loss = resident_bytes, sum(_least_loss(each, losses) for each in matrices)
     steps = [(step, each) for each in matrices for step in _steps(each, losses)]
     heap = [
         (step.loss / step.freed, step.order, step.keeps, i) for i, (step, _) in enumerate(steps)
@@ -180,7 +182,7 @@ def _steps(tensor: StoredTensor, losses: Losses | None) -> list[_Step]:
     if form.is_float:
         return []
     sizes = extent_bytes(tensor)
-    points = [(0, 0.0, len(tensor.planes))]
+    points = [(0, _least_loss(tensor, losses), len(tensor.planes))]
     for keeps in range(len(tensor.planes) - 1, 0, -1):
         freed = sum(sizes[keeps + 1 :])
         points.append((freed, _loss(tensor, keeps, losses), keeps))
@@ -197,6 +199,12 @@ def _steps(tensor: StoredTensor, losses: Losses | None) -> list[_Step]:
 
 def _slope(before: tuple[int, float, int], after: tuple[int, float, int]) -> float:
     return (after[1] - before[1]) / max(after[0] - before[0], 1)
+
+
+def _least_loss(tensor: StoredTensor, losses: Losses | None) -> float:
+    """Return the loss of a whole matrix: none, but drafts read only codes of split floats."""
+    form = find_format(tensor.format)
+    return _loss(tensor, len(form.code_widths), losses) if form.split_from else 0.0
 
 
 def _loss(tensor: StoredTensor, keeps: int, losses: Losses | None) -> float:

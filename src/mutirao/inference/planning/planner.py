@@ -30,7 +30,15 @@ from mutirao.inference.planning.memory_use import (
     memory_needed,
     resident_bytes,
 )
-from mutirao.inference.planning.placement import Choice, multiplied, only_looked_up, pin, split
+from mutirao.inference.planning.placement import (
+    Choice,
+    extent_bytes,
+    multiplied,
+    only_looked_up,
+    pin,
+    split,
+)
+from mutirao.inference.store.plane_formats import find_format
 
 if TYPE_CHECKING:
     from mutirao.inference.calibration import Calibration
@@ -39,6 +47,10 @@ if TYPE_CHECKING:
 ALL_RESIDENT = "all resident"
 PINNED = "pin and stream"
 SPECULATION = "self-speculation"
+
+ASSUMED_OF_CODES = 0.93
+"""Acceptance of a draft with all codes of split floats but no rest: they err about as much as the
+plane of Q4_K that costs as much above (an assumption, too)."""
 
 LOOKUP_ROWS = 8
 """Tokens checked at once where only repetitions of the text are drafted; a tile of the kernels."""
@@ -112,6 +124,8 @@ class Plans:
     """Those that work, and ``ALL_RESIDENT`` even where the memory is too small for it."""
     least_bytes: int
     """The least memory in which the model runs at all with this context."""
+    all_resident_bytes: int
+    """The least memory that holds all weights."""
 
     @property
     def best(self) -> Plan:
@@ -151,10 +165,13 @@ def make_plans(
     least_bytes = planner.least_bytes()
     if memory_bytes < least_bytes:
         raise TooLittleMemoryError(memory_bytes, least_bytes, context)
-    plans = [planner.all_resident()]
-    if not plans[0].fits:
-        plans += [*planner.pinned(), *planner.speculating(calibration)]
-    return Plans(tuple(plans), least_bytes)
+    whole, all_resident_bytes = planner.all_resident()
+    plans = [whole]
+    if not whole.fits:
+        plans += planner.pinned()
+    if not whole.fits or not planner.is_fastest(whole):
+        plans += planner.speculating(calibration)
+    return Plans(tuple(plans), least_bytes, all_resident_bytes)
 
 
 class _Planner:
@@ -187,10 +204,11 @@ class _Planner:
         """Return the memory in which everything is streamed, in the way that takes least."""
         return min(self._besides(self._template(way, 1)) for way in STREAMING)
 
-    def all_resident(self) -> Plan:
-        """Return the plan with all weights in memory; it may not fit.
+    def all_resident(self) -> tuple[Plan, int]:
+        """Return the plan with all weights in memory, and the least memory for one, in bytes.
 
-        Split floats lie there as plain ones if they fit so, else as they are in the store.
+        It may not fit. Split floats lie there as plain ones if they fit so, else as they are in
+        the store.
         """
         resident = {each.name: NOTHING for each in self.lookups}
         placements = [
@@ -204,7 +222,13 @@ class _Planner:
             self._plan(ALL_RESIDENT, each, all_resident(self.matrices, self.lookups, each.joined))
             for each in placements
         ]
-        return next((plan for plan in plans if plan.fits), plans[-1])
+        chosen = next((plan for plan in plans if plan.fits), plans[-1])
+        return chosen, min(plan.memory.total for plan in plans)
+
+    def is_fastest(self, whole: Plan) -> bool:
+        """Whether all weights are as fast to multiply as they can be: none is a split float."""
+        has_split = any(find_format(each.format).split_from for each in self.matrices)
+        return whole.placement.joined or not has_split
 
     def pinned(self) -> list[Plan]:
         """Return the best way to pin and stream, if there is one."""
@@ -229,11 +253,21 @@ class _Planner:
             if calibration:
                 acceptance, source = calibration.expected_agreement(choice.loss), "calibration"
             else:
-                share = choice.streamed_bytes / self.total_bytes
-                acceptance, source = assumed_acceptance(share), "assumption"
+                acceptance, source = self._assumed_acceptance(choice), "assumption"
             placement = dataclasses.replace(template, resident=choice.resident)
             plans.append(self._plan(SPECULATION, placement, choice, acceptance, source))
         return _preferred(plans)
+
+    def _assumed_acceptance(self, choice: Choice) -> float:
+        """Return what is assumed of a draft, by the share of codes and scales that it lacks."""
+        kept = whole = 0
+        for each in self.matrices:
+            codes = 1 + len(find_format(each.format).code_widths)
+            sizes = extent_bytes(each)[:codes]
+            num_planes = choice.resident[each.name]
+            kept, whole = kept + sum(sizes[: 1 + min(num_planes, codes)]), whole + sum(sizes)
+        has_split = any(find_format(each.format).split_from for each in self.matrices)
+        return assumed_acceptance(1 - kept / whole) * (ASSUMED_OF_CODES if has_split else 1.0)
 
     def _plan(
         self,

@@ -24,7 +24,8 @@ Scales, per panel and group of columns, 16 lanes = 16 rows, little endian:
 The 256 six-bit values of K6, u[e] with e = 16 i + lane (i = 0..7 scales, 8..15 minimums of
 the sub-blocks of 32 columns), lie as low[t] = (u[t] & 15) | (u[t + 128] & 15) << 4 and
 high[t] = sum over g of (u[64 g + t] >> 4) << 2 g. Rows that fill the last panel up have zero
-codes and zero scales. Float matrices have no scales and one plane: [panel][column][16 rows].
+codes and zero scales, or numbers of zero where floats are split. Whole float matrices
+have no scales and one plane: [panel][column][16 rows].
 
 The rest of split floats takes w lines as well: a plane of width 8, line j being v[j], with the low
 bits, and where w = 10 behind it, block by block, one of width 2 with bits 8 and 9.
