@@ -44,6 +44,7 @@ def examine() -> list[Finding]:
         *(_required(name) for name in REQUIRED),
         *(_optional(name, use) for name, use in OPTIONAL.items()),
         _accelerator(),
+        _kernels(),
         _cores(),
         _memory(),
         _disk(),
@@ -88,6 +89,20 @@ def _accelerator() -> Finding:
         return Finding("accelerator", "ok", torch.cuda.get_device_name(0))
     capability = torch.backends.cpu.get_cpu_capability()
     return Finding("accelerator", "ok", f"none; the CPU is used ({capability})")
+
+
+def _kernels() -> Finding:
+    """Whether there are native kernels of the inference engine, or a compiler to make them."""
+    from mutirao.inference.native.library import built_library
+
+    if built_library():
+        return Finding("kernels", "ok", "compiled")
+    if shutil.which(os.environ.get("CC", "cc")):
+        return Finding("kernels", "ok", "will be compiled when first wanted (half a minute)")
+    advice = "install a C compiler (Debian: apt install gcc libc6-dev), or name one with CC"
+    return Finding(
+        "kernels", "warning", "none, and no C compiler: models run slowly, without --memory", advice
+    )
 
 
 def _cores() -> Finding:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from mutirao.federated.audit_record import AuditRecord, Release
 
 app = typer.Typer(
-    help="Take part in a federation, and show what left a site.",
+    help="Make a site's key; show and check what left a site.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )

@@ -58,6 +58,7 @@ def plan(
     """Predict how fast a model would run in some memory, and how."""
     import json as json_module
 
+    from mutirao.errors import InputError
     from mutirao.inference.planning.model_plans import plan_model
     from mutirao.inference.sizes import parse_size
 
@@ -71,8 +72,10 @@ def plan(
     )
     if json:
         typer.echo(json_module.dumps(planned.to_json(), indent=2))
-        return
-    _print(planned)
+    else:
+        _print(planned)
+    if not any(plans for _, plans in planned.models.values()):
+        raise typer.Exit(InputError.exit_code)  # none runs in this memory; the notes say the least
 
 
 def _print(planned: ModelPlans) -> None:
@@ -106,7 +109,7 @@ def _table(planned: ModelPlans) -> Table:
     table = Table(box=None, pad_edge=False)
     if has_several:
         table.add_column("weights")
-    table.add_column("plan")
+    table.add_column("plan", no_wrap=True)
     for heading in ("tokens/s", "read/token", "memory", "first token", "drafts"):
         table.add_column(heading, justify="right")
     table.add_column("")

@@ -19,9 +19,14 @@ Source = Annotated[
 ]
 Memory = Annotated[
     str | None,
-    typer.Option("--memory", help="Peak memory of the whole process, such as 600MB or 1.5GiB."),
+    typer.Option(
+        "--memory",
+        help="Peak memory of the whole process, such as 600MB; default: what the model takes.",
+    ),
 ]
-Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Default: all cores.")]
+Threads = Annotated[
+    int | None, typer.Option("--threads", min=1, help="At most; default: all cores.")
+]
 Context = Annotated[
     int | None,
     typer.Option("--context", min=1, help="Most tokens of prompt and answer; default 2048."),

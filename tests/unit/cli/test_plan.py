@@ -68,6 +68,14 @@ def test_quantizations_are_compared_where_there_are_no_weights(plan):
         assert any(line.startswith(name) for line in result.output.splitlines())
 
 
+@pytest.mark.parametrize("how", [(), ("--json",)])
+def test_nothing_that_runs_is_bad_input(plan, how):
+    result = plan("--memory", "5MB", *how)
+    assert result.exit_code == 2
+    assert ("none: too large" in result.output) == (how == ())
+    assert how or "MB or more" in result.output
+
+
 def test_json_is_one_object_with_the_chosen_plan(plan):
     result = plan("--memory", "900MB", "--quantization", "Q4_K_M", "--json", "--threads", "1")
     found = json.loads(result.output)

@@ -32,12 +32,16 @@ def load_library() -> ctypes.CDLL:
     return _declare(ctypes.CDLL(str(_find_or_compile())))
 
 
+def built_library() -> Path | None:
+    """Return the library of the sources as they are; None where it is yet to be compiled."""
+    places = (HERE / library_name(), cache_directory() / "kernels" / library_name())
+    return next((path for path in places if path.is_file()), None)
+
+
 def _find_or_compile() -> Path:
-    name = library_name()
-    for folder in (HERE, cache_directory() / "kernels"):
-        if (folder / name).is_file():
-            return folder / name
-    path = cache_directory() / "kernels" / name
+    if built := built_library():
+        return built
+    path = cache_directory() / "kernels" / library_name()
     path.parent.mkdir(parents=True, exist_ok=True)
     with (path.parent / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
