@@ -22,6 +22,7 @@ from mutirao.inference.store import store_index
 from mutirao.inference.store.weight_store import WeightStore, store_directory
 
 LIMIT_S = 5.0
+BAD_VERSIONS = [0, store_index.VERSION + 1, str(store_index.VERSION), None, [store_index.VERSION]]
 FORMATS = {"token_embd": "Q6_K", "blk.0.ffn_up": "Q4_K", "blk.1.attn_q": "F16"}
 
 
@@ -120,7 +121,7 @@ def set_at(*path: Any) -> Callable[[Any, Any], None]:
 
 
 LIES = {
-    "version": (set_at("version"), [0, 2, "1", None, [1]]),
+    "version": (set_at("version"), BAD_VERSIONS),
     "weights_bytes": (set_at("weights_bytes"), [0, -1, 4096, 2**70, "x", None]),
     "num_checksums": (set_at("num_checksums"), [0, 2**40, -3]),
     "offset": (set_at("tensors", 0, "extents", 0, "offset"), [0, -4096, 4097, 2**63, 1e9, None]),
