@@ -306,8 +306,11 @@ static void *load_some_slabs(void *given) {
     load_job *job = given;
     engine *e = job->e;
     const int file = open_weights(e->path, e->set.direct);
-    void *staging = NULL;
-    if (file < 0 || posix_memalign(&staging, PAGE_BYTES, (size_t)largest_slab(e))) {
+    /* Not from malloc, which may keep what is freed; it would count in the process's peak. */
+    const size_t room = (size_t)largest_slab(e) + 1;
+    void *staging = mmap(NULL, room, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (file < 0 || staging == MAP_FAILED) {
+        if (staging != MAP_FAILED) munmap(staging, room);
         fail(e, file < 0 ? "the weight store cannot be opened" : "out of memory while loading");
         if (file >= 0) close(file);
         return NULL;
@@ -327,7 +330,7 @@ static void *load_some_slabs(void *given) {
         if (load_slab(e, file, t, begin, end, staging)) break;
         __atomic_fetch_add(&e->num_loaded, resident_bytes(t) / num_panels(t) * (end - begin), __ATOMIC_RELAXED);
     }
-    free(staging);
+    munmap(staging, room);
     close(file);
     return NULL;
 }
