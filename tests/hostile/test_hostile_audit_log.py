@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 
 from mutirao.errors import AuditError, DiskFullError
 from mutirao.federated import audit_log as audit_log_module
-from mutirao.federated.audit_check import head_path, verify_log
-from mutirao.federated.audit_log import AuditLog
-from mutirao.federated.audit_record import Release, make_head, parse_line
+from mutirao.federated.audit.check import head_path, verify_log
+from mutirao.federated.audit.log import AuditLog
+from mutirao.federated.audit.record import Release, make_head, parse_line
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(32))
 PUBLIC = KEY.public_key()
@@ -29,8 +29,8 @@ WRITER = """\
 import os, sys
 from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from mutirao.federated.audit_log import AuditLog
-from mutirao.federated.audit_record import Release
+from mutirao.federated.audit.log import AuditLog
+from mutirao.federated.audit.record import Release
 
 real = os.write
 
@@ -57,9 +57,9 @@ KILLED_AT_EVERY_STEP = """\
 import json, os, shutil, signal, sys
 from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from mutirao.federated.audit_check import verify_log
-from mutirao.federated.audit_log import AuditLog
-from mutirao.federated.audit_record import Release
+from mutirao.federated.audit.check import verify_log
+from mutirao.federated.audit.log import AuditLog
+from mutirao.federated.audit.record import Release
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(32))
 
@@ -375,7 +375,7 @@ def test_lying_lines_are_told_and_never_a_crash(sound, tmp_path, text):
 
 
 def test_a_line_without_end_is_not_read_into_memory(sound, tmp_path, monkeypatch):
-    monkeypatch.setattr("mutirao.federated.audit_check.MAX_LINE_BYTES", 2_000)
+    monkeypatch.setattr("mutirao.federated.audit.check.MAX_LINE_BYTES", 2_000)
     path = tmp_path / "audit.jsonl"
     path.write_bytes(sound.read_bytes() + b"x" * 10_000)
     assert "line is too long" in verify_log(path, PUBLIC).fault.message

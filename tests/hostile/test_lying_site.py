@@ -12,7 +12,7 @@ from mutirao.errors import FederationError, UpdateError
 from mutirao.federated.codec import encode_update
 from mutirao.federated.messages import pack_reply, unpack_reply, unpack_request
 from mutirao.federated.plan import Coordinator, Plan
-from mutirao.federated.server_app import _check_answer
+from mutirao.federated.flower.server_app import _check_answer
 from mutirao.federated.site import RoundAnswer, RoundReply
 
 PLAN = Plan(model_sha256="0" * 64, frozen_sha256="1" * 64)

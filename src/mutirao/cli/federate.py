@@ -10,8 +10,8 @@ import typer
 from mutirao.cli.options import AsJson
 
 if TYPE_CHECKING:
-    from mutirao.federated.audit_check import Totals, Verification
-    from mutirao.federated.audit_record import AuditRecord, Release
+    from mutirao.federated.audit.check import Totals, Verification
+    from mutirao.federated.audit.record import AuditRecord, Release
 
 app = typer.Typer(
     help="Make a site's key; show and check what left a site.",
@@ -48,7 +48,7 @@ def audit(
     """Print what left a site, and verify that nothing was altered or removed."""
     import json as json_module
 
-    from mutirao.federated.audit_check import verify_log
+    from mutirao.federated.audit.check import verify_log
     from mutirao.federated.identity import parse_public_key
 
     verification = verify_log(log, parse_public_key(key) if key else None, receipt or ())
@@ -83,7 +83,7 @@ def keys(
 def _to_json(verification: Verification) -> dict[str, Any]:
     from dataclasses import asdict
 
-    from mutirao.federated.audit_check import total_bytes
+    from mutirao.federated.audit.check import total_bytes
 
     totals = total_bytes(verification.records)
     return {
@@ -97,7 +97,7 @@ def _to_json(verification: Verification) -> dict[str, Any]:
 
 
 def _print(verification: Verification) -> None:
-    from mutirao.federated.audit_check import total_bytes
+    from mutirao.federated.audit.check import total_bytes
 
     for record in verification.records:
         typer.echo(_printable(_line(record)))

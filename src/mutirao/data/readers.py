@@ -2,9 +2,10 @@
 
 ``.jsonl`` files hold one JSON object a line, in the shapes that fine-tuning tools share:
 ``{"text"}``, ``{"messages": [{"role", "content"}]}``, ``{"prompt", "completion"}``, and
-``{"prompt", "choices", "answer"}``; other keys of a row are left unread. ``.txt`` and
-``.md`` files are a document each, long ones split at blank lines. Everything is UTF-8.
-Hidden files are passed over. Parquet, PDF and word-processor files are not read.
+``{"prompt", "choices", "answer"}``. ``"unit"``, or else ``"patient"``, a string or a whole
+number, says whose record it is, and is kept as a hash; other keys of a row are left unread.
+``.txt`` and ``.md`` files are a document each, long ones split at blank lines. Everything is
+UTF-8. Hidden files are passed over. Parquet, PDF and word-processor files are not read.
 
 Chat messages are written as ``role: content`` lines, the last one being what is learned:
 the model's own chat template belongs to tuning, not to reading.
@@ -29,6 +30,7 @@ ACCEPTED_SUFFIXES = (".jsonl", ".txt", ".md")
 PIECE_CHARACTERS = 4000
 """About 1,000 tokens of English: a few training windows; assumption."""
 
+_UNIT_DIGITS = 32
 _ACCEPTED_ROWS = (
     '{"text"}, {"messages"}, {"prompt", "completion"} or {"prompt", "choices", "answer"}'
 )
@@ -145,7 +147,8 @@ def _parse_row(line: str, path: Path, source: str, number: int) -> Record:
     if not isinstance(row, dict):
         raise DataError(f"{place} is a JSON {type(row).__name__} (expected {_ACCEPTED_ROWS})")
     try:
-        record = Record(id=row_id(source, number), source=source, **_parse_parts(row))
+        parts = {**_parse_parts(row), "unit": _unit_of(row)}
+        record = Record(id=row_id(source, number), source=source, **parts)
         record.model_dump_json().encode("utf-8")
     except ValidationError as error:
         problem = error.errors()[0]
@@ -220,6 +223,18 @@ def _text_of(row: dict[str, Any], key: str) -> str:
     if not isinstance(value, str):
         raise _RowError(f"{key} must be a string ({type(value).__name__} came)")
     return value
+
+
+def _unit_of(row: dict[str, Any]) -> str:
+    """Return a hash of whose record a row is; what is there but unusable must not go unnoticed."""
+    key = "unit" if "unit" in row else "patient"
+    value = row.get(key)
+    if value is None:
+        return ""
+    is_number = isinstance(value, int) and not isinstance(value, bool)
+    if not (is_number or isinstance(value, str)) or value == "":
+        raise _RowError(f"{key} must be a non-empty string or a whole number")
+    return hashlib.sha256(str(value).encode("utf-8", "replace")).hexdigest()[:_UNIT_DIGITS]
 
 
 def _read_document(path: Path, source: str) -> Iterator[Record]:

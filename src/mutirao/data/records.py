@@ -33,11 +33,19 @@ class Record(Config):
     """Index of the right choice, from 0; None for plain text."""
     task: Task = "text"
     """What the record is for: text to model, a question, or a yes/no outcome."""
+    unit: str = ""
+    """Whose record it is, such as a patient's pseudonym: all records of a unit are hidden
+    together by differential privacy. Empty where each record stands for itself."""
 
     @property
     def context(self) -> str:
         """The given part."""
         return self.text[: self.context_length]
+
+    @property
+    def unit_key(self) -> str:
+        """The unit, or the record's own id where it has none."""
+        return f"unit:{self.unit}" if self.unit else f"record:{self.id}"
 
     @property
     def completion(self) -> str:

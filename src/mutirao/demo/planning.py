@@ -35,7 +35,7 @@ def training_settings(road: Road) -> dict[str, JsonValue]:
 
 def load_plan(road: Road) -> Plan:
     """Return the federation's plan, made anew when what it depends on has changed."""
-    from mutirao.federated.adapter import write_start_apart
+    from mutirao.federated.coordinator.adapter import write_start_apart
 
     data = {name: read_manifest(road.run / "data" / name).sha256 for name in road.silos}
     model = road.run / "model"

@@ -256,8 +256,8 @@ def federated_steps(road: Road) -> list[Step]:
 
 
 def _make_federated(road: Road, path: Path) -> None:
-    from mutirao.federated.adapter import write_result
-    from mutirao.federated.deployment import run_federation
+    from mutirao.federated.coordinator.adapter import write_result
+    from mutirao.federated.flower.deployment import run_federation
 
     plan = load_plan(road)
     sites = [road.site(name) for name in road.silos]

@@ -20,7 +20,7 @@ from mutirao.demo.run_folder import claim_folder, refuse_other_subject, remove_s
 from mutirao.demo.steps import do_step, is_done
 from mutirao.environment import silence
 from mutirao.errors import InputError, MutiraoError, explain_disk_errors
-from mutirao.federated.deployment import end_with_parent
+from mutirao.federated.flower.deployment import end_with_parent
 
 STOP_GRACE_S = 20.0
 MAX_SENTENCE = 4_000

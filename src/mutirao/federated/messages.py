@@ -1,117 +1,217 @@
-"""How requests and replies of a round lie in Flower's records.
+"""Which parcels there are in a round, and the fields of each.
 
-Arrays travel in array records, which Flower chunks and checks by hash; settings and the
-site's few numbers travel as one JSON text each, checked by pydantic on arrival. Whatever
-does not fit raises an error that names what came; nothing that is received is executed.
+    request     payloads                      answer      payloads
+    hello       -                             hello       -
+    train       state or change of it         update      the site's change, encoded
+                with secure: "terms"          ready       "advert"
+    secure      "message"                     secure      "message", or "chunk/0" and on
+    evaluate    a change to measure           losses      -
+    finish      the last change               done        -
+                                              refusal     -         (to any request)
+
+A state or a change is one payload for each tensor, named ``t/`` and the tensor's name. Every
+answer names the hash of the request it answers, so that an answer of another round, or to
+another question, is known as such. Fields are checked by pydantic on arrival; whatever does
+not fit raises an error that names what came.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-from typing import Any
+from typing import Literal, TypeVar
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from numpy.typing import NDArray
+from pydantic import Field, ValidationError
 
-from mutirao.errors import FederationError, UpdateError
-from mutirao.federated.codec import EncodedUpdate
+from mutirao.config import Config
+from mutirao.errors import UpdateError
+from mutirao.federated.parcel import Parcel
 from mutirao.federated.plan import Plan
-from mutirao.federated.site import RoundAnswer, RoundReply
 
-ARRAYS = "arrays"
-TEXT = "text"
+TENSOR_PREFIX = "t/"
 MAX_SENTENCE = 500
-"""Characters of a site's error that are shown."""
+"""Characters of a stranger's sentence that are shown."""
+
+Form = Literal["none", "whole", "change"]
+Reason = Literal["policy", "needs_state", "budget", "stale", "failed"]
+SecureStep = Literal["share_keys", "mask", "survivors", "unmask"]
 
 
-def pack_request(plan: Plan, round_number: int, state: NDArray[np.float32]) -> RecordDict:
-    """Return the content of a round's request."""
-    request = {"plan": plan.model_dump(mode="json"), "round": round_number}
-    return _pack({"state": state}, request)
+class HelloRequest(Config):
+    """Who are you? Answered at once, also while the site trains."""
+
+    nonce: str
+    """Random, so that an answer cannot be an old one."""
 
 
-def unpack_request(content: RecordDict) -> tuple[Plan, int, NDArray[np.float32]]:
-    """Return plan, round and global state.
+class HelloAnswer(Config):
+    """The signature says who; the rest, whether an earlier request is still known."""
+
+    request_sha256: str
+    """Hash of the request."""
+    working_on: str = ""
+    """Hash of the request that the site is answering just now; empty for none."""
+
+
+class StateFields(Config):
+    """What a request's tensors are, and to which state they lead."""
+
+    form: Form
+    """'whole': the state itself; 'change': to be added to the state it is ``based_on``;
+    'none': the site is known to have it."""
+    based_on: str = ""
+    """Hash of the state that a change is to be added to; see ``site.replica``."""
+    format: Literal["fp32", "bf16"] = "fp32"
+    """How the values of a whole state are written: bf16 where that loses nothing. A change is
+    written as the plan says."""
+    state_sha256: str
+    """Hash of the state that results."""
+    ranks: dict[str, int] = Field(default_factory=dict)
+    """Columns of the history that comes for each adapted layer, where there is one; see
+    ``aggregation.low_rank_rounds``."""
+
+
+class TrainRequest(Config):
+    """Train on your own data from this state."""
+
+    plan: Plan
+    """What was agreed."""
+    state: StateFields
+    """The state to start from."""
+
+
+class UpdateAnswer(Config):
+    """The numbers beside an update, or beside the promise of one ('ready')."""
+
+    request_sha256: str
+    """Hash of the request."""
+    state_sha256: str
+    """Hash of the state that was trained from."""
+    num_tokens: int = Field(gt=0)
+    """Training tokens; under differential privacy the plan's nominal number."""
+    num_steps: int = Field(ge=0)
+    """Optimizer steps."""
+    train_loss: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    """Mean training loss, nats per token; None under differential privacy."""
+    heldout_loss: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    """Loss of the state as received on held-out text, nats per token; None where it is not
+    measured, or under differential privacy."""
+    epsilon: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    """Spent so far in this run; None without differential privacy."""
+    num_clipped: int = Field(default=0, ge=0)
+    """Values that secure aggregation's clip cut off."""
+    rank: int | None = Field(default=None, ge=1)
+    """The adapter's rank at this site, where ranks may differ."""
+    seconds: float = Field(ge=0, allow_inf_nan=False)
+    """Time of the work, in seconds."""
+
+
+class SecureRequest(Config):
+    """One later step of secure aggregation; the first travels with the train request."""
+
+    plan: Plan
+    """What was agreed."""
+    step: SecureStep
+    """Which step."""
+
+
+class SecureAnswer(Config):
+    """The answer to it."""
+
+    request_sha256: str
+    """Hash of the request."""
+    step: SecureStep
+    """Which step."""
+
+
+class EvaluateRequest(Config):
+    """Measure a state, or a state plus somebody's change, on your held-out text."""
+
+    plan: Plan
+    """What was agreed."""
+    label: str
+    """What is measured: 'global', or a site's name."""
+    state: StateFields
+    """The state; ``form='change'`` is added for this measurement alone and is not kept."""
+    max_tokens: int = Field(ge=1)
+    """Held-out tokens to score."""
+
+
+class LossesAnswer(Config):
+    """How well it predicts this site's held-out text."""
+
+    request_sha256: str
+    """Hash of the request."""
+    label: str
+    """As in the request."""
+    loss: float = Field(ge=0, allow_inf_nan=False)
+    """Nats per token."""
+    num_tokens: int = Field(gt=0)
+    """Tokens scored."""
+
+
+class FinishRequest(Config):
+    """Take the final state; training is over."""
+
+    plan: Plan
+    """What was agreed."""
+    state: StateFields
+    """The final state."""
+
+
+class DoneAnswer(Config):
+    """The site has the final state."""
+
+    request_sha256: str
+    """Hash of the request."""
+
+
+class Refusal(Config):
+    """Why a request is not answered, in a sentence."""
+
+    request_sha256: str
+    """Hash of the request, or empty where it could not be read."""
+    reason: Reason
+    """What the coordinator can do about it: 'needs_state' asks for the whole state."""
+    sentence: str
+    """For people; shown cut and without control characters."""
+
+
+F = TypeVar("F", bound=Config)
+
+
+def read_fields(kind: type[F], parcel: Parcel) -> F:
+    """Return a parcel's fields.
 
     Raises:
-        FederationError: the request is malformed.
+        UpdateError: they do not fit.
     """
     try:
-        arrays, request = _unpack(content)
-        plan = Plan.model_validate(request["plan"])
-        round_number = int(request["round"])
-        state = arrays["state"]
-    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise FederationError(f"the coordinator sent a malformed request: {error}") from None
-    if state.dtype != np.float32 or state.ndim != 1 or not np.isfinite(state).all():
-        raise FederationError(
-            f"the coordinator sent a state of type {state.dtype} and shape {state.shape} "
-            "(expected finite float32 in one dimension)"
-        )
-    return plan, round_number, state
+        return kind.model_validate(dict(parcel.fields))
+    except (ValidationError, RecursionError) as error:
+        what = str(error).splitlines()
+        told = printable(" ".join(line.strip() for line in what[1:3]))
+        raise UpdateError(
+            f"a malformed {printable(parcel.kind)[:40]!r} came from "
+            f"{printable(parcel.sender)[:64]!r}: {told}"
+        ) from None
 
 
-def pack_reply(reply: RoundReply) -> RecordDict:
-    """Return the content of a site's reply: all that leaves the site in a round."""
-    arrays: dict[str, NDArray[Any]] = {"codes": reply.update.codes, "scales": reply.update.scales}
-    return _pack(arrays, {"answer": reply.answer.model_dump(mode="json")})
+def tensor_payloads(payloads: dict[str, NDArray[np.uint8]]) -> dict[str, NDArray[np.uint8]]:
+    """Return encoded tensors under their names in a parcel."""
+    return {TENSOR_PREFIX + name: payload for name, payload in payloads.items()}
 
 
-def pack_error(message: str) -> RecordDict:
-    """Return the content of a reply that says, in a sentence, why there is no update."""
-    return _pack({}, {"error": message})
+def payload_tensors(parcel: Parcel) -> dict[str, NDArray[np.uint8]]:
+    """Return a parcel's encoded tensors by tensor name; other payloads are left out."""
+    start = len(TENSOR_PREFIX)
+    return {
+        name[start:]: payload
+        for name, payload in parcel.payloads.items()
+        if name.startswith(TENSOR_PREFIX)
+    }
 
 
-def unpack_reply(content: RecordDict) -> RoundReply:
-    """Return a site's reply, its form checked; its values are checked when decoded.
-
-    Raises:
-        FederationError: the site says why it could not answer.
-        UpdateError: the reply is malformed.
-    """
-    try:
-        arrays, text = _unpack(content)
-        if (error := text.get("error")) is not None:
-            raise FederationError(_printable(str(error)))
-        answer = RoundAnswer.model_validate(text["answer"])
-        update = EncodedUpdate(arrays["codes"], arrays["scales"])
-    except (KeyError, ValueError, TypeError, AttributeError, EOFError, RecursionError) as error:
-        raise UpdateError(f"a site sent a malformed reply: {error}") from None
-    return RoundReply(update, answer)
-
-
-def _printable(text: str) -> str:
-    """A stranger's sentence, safe for a terminal and not too long for one."""
+def printable(text: str) -> str:
+    """Return a stranger's text, safe for a terminal and not too long for one."""
     return "".join(each if each.isprintable() else " " for each in text[:MAX_SENTENCE])
-
-
-def count_bytes(content: RecordDict) -> int:
-    """Return the bytes of a message's content as Flower counts them: arrays, names, texts."""
-    return sum(int(record.count_bytes()) for record in content.values())
-
-
-def hash_content(content: RecordDict) -> str:
-    """Return the sha256 of what ``count_bytes`` counts: each name and array, then the text."""
-    digest = hashlib.sha256()
-    for name, array in content[ARRAYS].items():
-        digest.update(name.encode())
-        digest.update(array.data)
-    for name, text in content[TEXT].items():
-        digest.update(name.encode())
-        digest.update(str(text).encode())
-    return digest.hexdigest()
-
-
-def _pack(arrays: dict[str, NDArray[Any]], text: dict[str, Any]) -> RecordDict:
-    packed = {name: Array(array) for name, array in arrays.items()}
-    return RecordDict({ARRAYS: ArrayRecord(packed), TEXT: ConfigRecord({"json": json.dumps(text)})})
-
-
-def _unpack(content: RecordDict) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
-    arrays = {name: array.numpy() for name, array in content[ARRAYS].items()}
-    text = json.loads(str(content[TEXT]["json"]))
-    if not isinstance(text, dict):
-        raise TypeError("its text is not a JSON object")
-    return arrays, text

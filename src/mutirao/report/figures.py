@@ -16,6 +16,14 @@ from matplotlib.ticker import MaxNLocator
 
 from mutirao.evaluate.choices import QuestionResult
 from mutirao.evaluate.outcomes import OutcomeResult
+from mutirao.report.axes import (
+    Curve,
+    columns,
+    finish_axes,
+    label_ends,
+    label_margin,
+    make_axes,
+)
 from mutirao.report.drawing import (
     FEDERATED,
     GLYPH_WIDTH,
@@ -26,17 +34,13 @@ from mutirao.report.drawing import (
     inline_figure,
     series_style,
     shorten,
-    spread,
 )
 from mutirao.report.summary import ALONE, Z_95, Comparison, RunSummary
 from mutirao.report.wording import model_words, plus_minus
 
-LABEL_GAP = 15.0
 ROW_HEIGHT = 22.0
 SAME_LOSS = 0.01
 """Two measurements of the base that differ by less, in nats per token, count as one."""
-
-Curve = list[tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -72,20 +76,20 @@ def draw_rounds(summary: RunSummary) -> Markup | None:
     num_rounds = len(summary.rounds)
 
     def draw(figure: Any, width: int) -> None:
-        axes = _axes(figure, width, left=52, right=_label_margin(curves, width), bottom=46)
+        axes = make_axes(figure, width, left=52, right=label_margin(curves, width), bottom=46)
         for index, (points, anchors) in enumerate(curves.values()):
             color, marker = series_style(index)
             style = {"color": color, "marker": marker, "clip_on": False}
-            axes.plot(*_columns(points), linewidth=2, markersize=6, **style)
+            axes.plot(*columns(points), linewidth=2, markersize=6, **style)
             joint = _joint(points, anchors)
-            axes.plot(*_columns(joint), color=color, linewidth=1.4, linestyle=(0, (3, 3)))
+            axes.plot(*columns(joint), color=color, linewidth=1.4, linestyle=(0, (3, 3)))
             hollow = {**style, "markerfacecolor": PAPER, "markeredgewidth": 1.6}
-            axes.plot(*_columns(anchors), linestyle="none", markersize=8, zorder=3, **hollow)
-        _finish_axes(axes, "rounds of training behind the model", "held-out loss, nats per token")
+            axes.plot(*columns(anchors), linestyle="none", markersize=8, zorder=3, **hollow)
+        finish_axes(axes, "rounds of training behind the model", "held-out loss, nats per token")
         axes.set_xlim(-0.15, num_rounds + 0.05)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         ends = [(anchors or points)[-1][1] for points, anchors in curves.values()]
-        _label_ends(figure, axes, num_rounds, ends, list(curves), width)
+        label_ends(figure, axes, num_rounds, ends, list(curves), width)
 
     return inline_figure(
         "rounds",
@@ -206,7 +210,7 @@ def draw_bits(summary: RunSummary) -> Markup | None:
     ticks = ["original", *(row.label for row in compressions)]
 
     def draw(figure: Any, width: int) -> None:
-        axes = _axes(figure, width, left=56, right=_label_margin(silos, width), bottom=46)
+        axes = make_axes(figure, width, left=56, right=label_margin(silos, width), bottom=46)
         ends = []
         for index, silo in enumerate(silos):
             color, marker = series_style(index)
@@ -222,10 +226,10 @@ def draw_bits(summary: RunSummary) -> Markup | None:
             )  # fmt: skip
             ends.append(values[-1])
         axes.axhline(0, color=MUTED, linewidth=1)
-        _finish_axes(axes, "bits of the stored weights", "loss minus original, nats per token")
+        finish_axes(axes, "bits of the stored weights", "loss minus original, nats per token")
         axes.set_xticks(range(len(ticks)), ticks)
         axes.set_xlim(-0.25, len(ticks) - 0.8)
-        _label_ends(figure, axes, len(ticks) - 0.85, ends, silos, width)
+        label_ends(figure, axes, len(ticks) - 0.85, ends, silos, width)
 
     return inline_figure(
         "bits",
@@ -275,7 +279,7 @@ def _draw_groups(
     def draw(figure: Any, width: int) -> None:
         longest = max(len(dot.label) for group in groups for dot in group.dots)
         left = min(longest * GLYPH_WIDTH + 14, 0.42 * width)
-        axes = _axes(figure, width, left=left, right=56, bottom=bottom, top=top)
+        axes = make_axes(figure, width, left=left, right=56, bottom=bottom, top=top)
         axes.set_ylim(num_rows - 0.4, -0.3)
         if limits is not None:
             lowest = min(dot.low for group in groups for dot in group.dots)
@@ -286,7 +290,7 @@ def _draw_groups(
         for group in groups:
             _draw_group(axes, group, row, int(left / GLYPH_WIDTH) - 1, width)
             row += len(group.dots) + 1.35
-        _finish_axes(axes, xlabel, None)
+        finish_axes(axes, xlabel, None)
         axes.grid(visible=True, axis="x", linewidth=0.8)
         axes.set_yticks([])
         if reference is not None:
@@ -334,49 +338,3 @@ def _draw_group(axes: Any, group: Group, row: float, num_characters: int, width:
             dot.text, (1, y), xycoords=across, xytext=(52, 0), textcoords="offset points",
             va="center", ha="right", color=label_color, annotation_clip=False,
         )  # fmt: skip
-
-
-def _axes(
-    figure: Any, width: int, *, left: float, right: float, bottom: float, top: float = 10
-) -> Any:
-    """Axes with margins in pixels."""
-    height = figure.get_figheight() * 72
-    box = (left / width, bottom / height, 1 - (left + right) / width, 1 - (top + bottom) / height)
-    return figure.add_axes(box)
-
-
-def _finish_axes(axes: Any, xlabel: str, ylabel: str | None) -> None:
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.grid(visible=True, axis="y", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
-    axes.tick_params(labelsize=11)
-    axes.set_xlabel(xlabel, fontsize=11)
-    if ylabel is not None:
-        axes.set_ylabel(ylabel, fontsize=11)
-
-
-def _label_margin(names: Sequence[str] | dict[str, Any], width: int) -> float:
-    longest = max((len(name) for name in names), default=0)
-    return min(longest * GLYPH_WIDTH + 22, 0.3 * width)
-
-
-def _label_ends(
-    figure: Any, axes: Any, x: float, ends: Sequence[float], names: Sequence[str], width: int
-) -> None:
-    """Write each line's name beside its end, apart from the others."""
-    low, high = axes.get_ylim()
-    height = figure.get_figheight() * 72 * axes.get_position().height
-    gap = (high - low) * LABEL_GAP / height
-    length = int((_label_margin(names, width) - 14) / GLYPH_WIDTH)
-    for index, (place, name) in enumerate(zip(spread(ends, gap), names, strict=True)):
-        axes.annotate(
-            shorten(name, length), (x, place), xytext=(10, 0), textcoords="offset points",
-            va="center", ha="left", color=series_style(index)[0], annotation_clip=False,
-        )  # fmt: skip
-    axes.set_ylim(low, high)
-
-
-def _columns(points: Curve) -> tuple[list[float], list[float]]:
-    return [x for x, _ in points], [y for _, y in points]

@@ -65,24 +65,8 @@ def write_report(run: Path) -> Path:
 
 def render_page(summary: RunSummary) -> str:
     """Return the page of a summary; the same summary gives the same text."""
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters.update(
-        bytes=format_bytes,
-        duration=format_duration,
-        percent=wording.percent,
-        plus_minus=wording.plus_minus,
-        ratio=wording.ratio,
-        model_words=wording.model_words,
-        thousands=lambda number: f"{number:,}",
-    )
-    return environment.get_template("report.html.j2").render(
+    template = make_environment().get_template("report.html.j2")
+    return template.render(
         summary=summary,
         headline=wording.headline(summary),
         tiles=headline_tiles(summary),
@@ -110,6 +94,28 @@ def render_page(summary: RunSummary) -> str:
         words=wording,
         version=__version__,
     )
+
+
+def make_environment() -> Environment:
+    """Return the template engine of all pages; whatever it prints is escaped."""
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters.update(
+        bytes=format_bytes,
+        duration=format_duration,
+        percent=wording.percent,
+        plus_minus=wording.plus_minus,
+        ratio=wording.ratio,
+        model_words=wording.model_words,
+        thousands=lambda number: f"{number:,}",
+    )
+    return environment
 
 
 def headline_tiles(summary: RunSummary) -> list[Tile]:

@@ -199,7 +199,7 @@ class RunSummary:
 
     def to_json(self) -> str:
         """Return everything as one JSON object; a number that is not finite becomes null."""
-        return json.dumps(_plain(asdict(self)), indent=2, ensure_ascii=False)
+        return json.dumps(to_plain(asdict(self)), indent=2, ensure_ascii=False)
 
 
 def mean_over_silos(differences: Sequence[Difference | None]) -> Difference | None:
@@ -217,14 +217,14 @@ def is_clear(difference: Difference) -> bool:
     return abs(difference.mean) > Z_95 * difference.standard_error
 
 
-def _plain(value: Any) -> Any:
+def to_plain(value: Any) -> Any:
     """Turn a summary's values into what JSON has."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if hasattr(value, "model_dump"):
-        return _plain(value.model_dump(mode="python"))
+        return to_plain(value.model_dump(mode="python"))
     if isinstance(value, dict):
-        return {str(key): _plain(each) for key, each in value.items()}
+        return {str(key): to_plain(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
+        return [to_plain(each) for each in value]
     return value

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field, model_validator
 
 from mutirao.config import Config
@@ -32,6 +34,11 @@ class TrainConfig(Config):
     """AdamW's decay of the second moment."""
     max_gradient_norm: float = Field(default=1.0, gt=0)
     """Gradients are scaled down to this global norm."""
+    tokens_per_pass: int = Field(default=4_096, ge=16)
+    """Most tokens in one forward pass over packed text; a larger step is made of several, which
+    bounds memory and changes results by rounding only."""
+    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """In which matrices are multiplied; what is trained is kept in float32 either way."""
 
 
 class PrivateConfig(Config):

@@ -3,7 +3,8 @@
 An example is one record, never packed with another, so that nothing is learned across
 records and training sees text as evaluation does; batches group examples of similar
 length instead. The learning rate follows the position in the whole run, not in the call,
-so that a run cut into rounds follows one schedule. It leaves out data parallelism.
+so that a run cut into rounds follows one schedule. ``packed`` has the loop over tokens without
+records. It leaves out data parallelism.
 
 Shapes: B examples, T tokens.
 """
@@ -78,12 +79,8 @@ def train(
     Raises:
         DataError: no example has a token to learn, or the loss is no longer finite.
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay
-    )
-    if optimizer_state is not None:
-        optimizer.load_state_dict(optimizer_state)
+    parameters, optimizer = make_optimizer(model, config, optimizer_state)
+    device = next(model.parameters()).device
     batches = group_by_length([len(example.ids) for example in examples], config.tokens_per_step)
     random.Random(seed).shuffle(batches)
     total = total_tokens or sum(len(example.ids) for example in examples)
@@ -92,9 +89,13 @@ def train(
     for batch in batches:
         chosen = [examples[index] for index in batch]
         rate = learning_rate_at(config, start_tokens + num_tokens, total)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        batch_sum, batch_learned = _step(model, optimizer, parameters, chosen, pad_id, config)
+        ids_BT, attention_mask_BT = pad_sequences([example.ids for example in chosen], pad_id)
+        loss_mask_BT = loss_mask(chosen, ids_BT)
+        batch_sum, batch_learned = 0.0, int(loss_mask_BT.sum())
+        if batch_learned:
+            inputs = (ids_BT.to(device), attention_mask_BT.to(device), loss_mask_BT.to(device))
+            batch_sum = _backward(model, config, *inputs)
+            apply_step(parameters, optimizer, rate, config)
         loss_sum += batch_sum
         num_learned += batch_learned
         num_tokens += sum(len(example.ids) for example in chosen)
@@ -122,30 +123,71 @@ def loss_mask(examples: Sequence[Example], ids_BT: Tensor) -> Tensor:
     return mask_BT
 
 
-def _step(
+def make_optimizer(
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    parameters: list[nn.Parameter],
-    examples: Sequence[Example],
-    pad_id: int,
     config: TrainConfig,
-) -> tuple[float, int]:
-    """Do one optimizer step; return the summed loss in nats and the number of learned tokens."""
-    ids_BT, attention_mask_BT = pad_sequences([example.ids for example in examples], pad_id)
-    loss_mask_BT = loss_mask(examples, ids_BT)
-    num_learned = int(loss_mask_BT.sum())
-    if num_learned == 0:
-        return 0.0, 0
+    state: dict[str, Any] | None = None,
+    *,
+    fused: bool = False,
+) -> tuple[list[nn.Parameter], torch.optim.Optimizer]:
+    """Return what is trained and its AdamW, which goes on from ``state`` where there is one."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(
+        parameters,
+        betas=(config.beta1, config.beta2),
+        weight_decay=config.weight_decay,
+        fused=fused or None,
+    )
+    if state is not None:
+        optimizer.load_state_dict(state)
+    return parameters, optimizer
+
+
+def autocast(model: nn.Module, config: TrainConfig) -> torch.autocast:
+    """Return the context in which a training pass computes."""
     device_type = next(model.parameters()).device.type
-    with torch.autocast(device_type, dtype=torch.bfloat16):
-        loss_sum = masked_loss_sum(model, ids_BT, attention_mask_BT, loss_mask_BT)
-    (loss_sum / num_learned).backward()  # type: ignore[no-untyped-call]
+    return torch.autocast(
+        device_type, dtype=torch.bfloat16, enabled=config.compute_dtype == "bfloat16"
+    )
+
+
+def finite(loss_sum: Tensor) -> float:
+    """Return a loss as a number.
+
+    Raises:
+        DataError: it is not finite.
+    """
     value = float(loss_sum.detach())
     if not math.isfinite(value):
         raise DataError(
             "the training loss is not finite; lower train.learning_rate and start again"
         )
+    return value
+
+
+def apply_step(
+    parameters: list[nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    rate: float,
+    config: TrainConfig,
+) -> None:
+    """Clip the gradients, change the parameters by one step, and forget the gradients."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
     nn.utils.clip_grad_norm_(parameters, config.max_gradient_norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return value, num_learned
+
+
+def _backward(
+    model: nn.Module,
+    config: TrainConfig,
+    ids_BT: Tensor,
+    attention_mask_BT: Tensor,
+    loss_mask_BT: Tensor,
+) -> float:
+    """Put the gradients of one batch's mean loss in place; return its summed loss in nats."""
+    with autocast(model, config):
+        loss_sum = masked_loss_sum(model, ids_BT, attention_mask_BT, loss_mask_BT)
+    (loss_sum / loss_mask_BT.sum()).backward()  # type: ignore[no-untyped-call]
+    return finite(loss_sum)

@@ -10,9 +10,9 @@ from typer.testing import CliRunner
 
 from mutirao.cli.app import app
 from mutirao.errors import AuditError, InputError
-from mutirao.federated.audit_check import head_path
-from mutirao.federated.audit_log import AuditLog
-from mutirao.federated.audit_record import Mask, Noise, Release
+from mutirao.federated.audit.check import head_path
+from mutirao.federated.audit.log import AuditLog
+from mutirao.federated.audit.record import Mask, Noise, Release
 from mutirao.federated.identity import PRIVATE_NAME, PUBLIC_NAME, open_identity, public_hex
 
 MUTIRAO = str(Path(sys.executable).parent / "mutirao")

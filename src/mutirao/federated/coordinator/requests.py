@@ -1,0 +1,143 @@
+"""What the coordinator asks for: signed requests that are the same after a restart.
+
+A state travels whole in round 1 and to whoever has lost it, as a change to all others. Both
+lie in files beside the state, so that a request's payloads are views of them and take no
+memory. Everything in a request follows from the plan, the journal and the coordinator's key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from numpy.typing import NDArray
+
+from mutirao.config import Config
+from mutirao.errors import ArtifactError
+from mutirao.federated.codec import CodecConfig, count_payload_bytes, encode_tensor
+from mutirao.federated.coordinator.journal import CoordinatorJournal
+from mutirao.federated.coordinator.next_low_rank import sent_ranks
+from mutirao.federated.coordinator.state_files import StateFile, writing
+from mutirao.federated.messages import (
+    FinishRequest,
+    SecureRequest,
+    SecureStep,
+    StateFields,
+    TrainRequest,
+    tensor_payloads,
+)
+from mutirao.federated.parcel import COORDINATOR, Parcel
+from mutirao.federated.plan import Coordinator
+
+WholeFormat = Literal["fp32", "bf16"]
+Payloads = Mapping[str, NDArray[np.uint8]]
+_HALF = np.uint32(0xFFFF)
+
+
+class Requests:
+    """Makes the requests of one run."""
+
+    def __init__(
+        self, coordinator: Coordinator, journal: CoordinatorJournal, key: Ed25519PrivateKey
+    ) -> None:
+        self.coordinator = coordinator
+        self.journal = journal
+        self._key = key
+        self._kept: dict[tuple[str, int, str], Parcel] = {}
+
+    def train(
+        self, round_number: int, form: Literal["whole", "change"], *, terms: bytes | None = None
+    ) -> Parcel:
+        """Ask for an update from the state after the round before."""
+        extra = {} if terms is None else {"terms": np.frombuffer(terms, np.uint8)}
+        return self._with_state(TrainRequest, "train", round_number, round_number - 1, form, extra)
+
+    def finish(self, num_rounds: int, form: Literal["whole", "change"]) -> Parcel:
+        """Hand out the final state."""
+        return self._with_state(FinishRequest, "finish", num_rounds, num_rounds, form, {})
+
+    def secure(self, round_number: int, step: SecureStep, message: bytes) -> Parcel:
+        """Pass on a message of secure aggregation."""
+        fields = SecureRequest(plan=self.coordinator.plan, step=step)
+        payloads = {"message": np.frombuffer(message, np.uint8)}
+        return self.sign("secure", round_number, fields, payloads)
+
+    def sign(self, kind: str, round_number: int, fields: Config, payloads: Payloads) -> Parcel:
+        """Return a signed request."""
+        parcel = Parcel(
+            kind=kind,
+            run=self.coordinator.run_id,
+            round=round_number,
+            sender=COORDINATOR,
+            fields=fields.model_dump(mode="json"),
+            payloads=payloads,
+        )
+        return parcel.signed(self._key)
+
+    def _with_state(
+        self,
+        fields: type[TrainRequest] | type[FinishRequest],
+        kind: str,
+        round_number: int,
+        state_number: int,
+        form: Literal["whole", "change"],
+        extra: Payloads,
+    ) -> Parcel:
+        if (kind, round_number, form) not in self._kept:
+            state, payloads = self.state(state_number, form)
+            filled = fields(plan=self.coordinator.plan, state=state)
+            parcel = self.sign(kind, round_number, filled, {**payloads, **extra})
+            self._kept = {key: kept for key, kept in self._kept.items() if key[1] == round_number}
+            self._kept[(kind, round_number, form)] = parcel
+        return self._kept[(kind, round_number, form)]
+
+    def state(
+        self, number: int, form: Literal["whole", "change"]
+    ) -> tuple[StateFields, dict[str, NDArray[np.uint8]]]:
+        """Return a state as it travels: what is said of it, and its payloads.
+
+        Raises:
+            ArtifactError: the journal is damaged.
+        """
+        wanted = self.journal.replica_sha256(number)
+        is_whole = form == "whole" or not self.journal.state_path(number, "change").exists()
+        ranks = sent_ranks(self.journal, number, whole=is_whole)
+        if is_whole:
+            whole_format, file = write_whole(self.journal, number)
+            fields = StateFields(
+                form="whole", format=whole_format, state_sha256=wanted, ranks=ranks
+            )
+        else:
+            file = self.journal.open_state(number, "change")
+            before = self.journal.replica_sha256(number - 1)
+            fields = StateFields(form="change", based_on=before, state_sha256=wanted, ranks=ranks)
+        return fields, tensor_payloads({name: file.map_bytes(name) for name in file.names})
+
+
+def write_whole(journal: CoordinatorJournal, number: int) -> tuple[WholeFormat, StateFile]:
+    """Write what the sites hold after a round as it travels whole; in bf16 if that loses nothing.
+
+    Raises:
+        ArtifactError: the replica is damaged.
+    """
+    replica = journal.open_state(number, "replica")
+    shapes = replica.shapes
+    is_half = all(_fits_bfloat16(replica.read(name)) for name in replica.names)
+    codec = CodecConfig(format="bf16" if is_half else "fp32")
+    sizes = {name: (count_payload_bytes(shape, codec),) for name, shape in shapes.items()}
+    path = journal.state_path(number, "whole")
+    try:
+        if StateFile(path).shapes == sizes:
+            return ("bf16" if is_half else "fp32"), StateFile(path)
+    except ArtifactError:
+        pass  # not there yet, or cut: it is made from the replica
+    with writing(path, sizes, "U8") as file:
+        for name in replica.names:
+            file.write(name, encode_tensor(name, replica.read(name), codec))
+    return ("bf16" if is_half else "fp32"), StateFile(path)
+
+
+def _fits_bfloat16(values: NDArray[np.float32]) -> bool:
+    return not (values.view(np.uint32) & _HALF).any()
