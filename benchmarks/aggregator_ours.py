@@ -1,7 +1,7 @@
 """Our coordinator for the aggregator benchmark: the processes that a real one has.
 
-    python benchmarks/aggregator_ours.py prepare TASK_FILE     write start, keys and plan
-    python benchmarks/aggregator_ours.py serve TASK_FILE       SuperLink, SuperExec, ServerApp
+python benchmarks/aggregator_ours.py prepare TASK_FILE     write start, keys and plan
+python benchmarks/aggregator_ours.py serve TASK_FILE       SuperLink, SuperExec, ServerApp
 """
 
 from __future__ import annotations

@@ -105,3 +105,27 @@ def test_folder_hash_follows_content_and_names_only(tmp_path):
 def test_record_refuses_parts_that_do_not_fit(fields):
     with pytest.raises(ValidationError):
         Record(id="x", source="x", text="short", **fields)
+
+
+def test_a_row_s_unit_is_kept_as_a_hash_and_falls_back_to_the_record(tmp_path):
+    rows = [
+        {"text": "a", "unit": "p1"},
+        {"text": "b", "patient": "p1"},
+        {"text": "c", "patient": 7},
+        {"text": "d"},
+        {"text": "e", "unit": None, "patient": "p2"},
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    records = list(read_folder(tmp_path))
+    assert records[0].unit == records[1].unit != records[2].unit
+    assert "p1" not in records[0].unit
+    assert records[3].unit == ""
+    assert len({record.unit_key for record in records}) == 4
+    assert records[3].unit_key.endswith(records[3].id)
+
+
+@pytest.mark.parametrize("unit", ["", [], {"id": 1}, True, 1.5])
+def test_a_unit_that_cannot_be_used_is_refused(tmp_path, unit):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "a", "unit": unit}) + "\n")
+    with pytest.raises(DataError, match="unit must be a non-empty string"):
+        list(read_folder(tmp_path))

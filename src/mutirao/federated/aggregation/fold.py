@@ -20,11 +20,11 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,12 +66,8 @@ class RoundUpdates:
         return replace(self, weights=kept)
 
 
-class Mean(Protocol):
-    """Where a round's mean update comes from."""
-
-    def __call__(self, name: str) -> NDArray[np.float64]:
-        """Return one tensor of it."""
-        ...
+Mean = Callable[[str], NDArray[np.float64]]
+"""Gives one tensor of a round's mean update, by name."""
 
 
 def combine(updates: RoundUpdates, aggregation: str, *, num_faulty: int = 1) -> Mean:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from mutirao.errors import UpdateError
 from mutirao.federated.aggregation.low_rank_rounds import (
     LOW_RANK_RULES,
     LowRankStep,
@@ -48,6 +49,9 @@ from mutirao.federated.coordinator.state_files import writing
 from mutirao.federated.messages import TENSOR_PREFIX
 from mutirao.federated.plan import FederatedConfig, Plan
 from mutirao.federated.site.replica import hash_tensors
+
+MAX_RANK = 1024
+"""As of ``LoRAConfig.rank``; a site says which it has, and that decides how much is decoded."""
 
 
 def write_low_rank_start(
@@ -84,9 +88,16 @@ def trained_shapes(journal: CoordinatorJournal, number: int, config: FederatedCo
 
 
 def site_shapes(shapes: Shapes, rank: int | None, config: FederatedConfig) -> Shapes:
-    """Return the shapes of one site's update; ranks may differ where products are stacked."""
-    is_mixed = rank is not None and config.aggregation == "stacked"
-    return shapes_at_rank(shapes, rank) if is_mixed and rank is not None else shapes
+    """Return the shapes of one site's update; ranks may differ where products are stacked.
+
+    Raises:
+        UpdateError: the rank is more than an adapter may have.
+    """
+    if rank is None or config.aggregation != "stacked":
+        return shapes
+    if rank > MAX_RANK:
+        raise UpdateError(f"a site's adapter has rank {rank} (expected at most {MAX_RANK})")
+    return shapes_at_rank(shapes, rank)
 
 
 def sent_ranks(journal: CoordinatorJournal, number: int, *, whole: bool) -> dict[str, int]:

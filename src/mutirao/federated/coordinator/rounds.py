@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
 
 from mutirao.errors import ArtifactError, InputError, MutiraoError, UpdateError
 from mutirao.federated.aggregation.compatibility import check_plan
@@ -24,35 +22,33 @@ from mutirao.federated.aggregation.fold import Directions, RoundUpdates, combine
 from mutirao.federated.aggregation.low_rank_rounds import LOW_RANK_RULES, check_low_rank
 from mutirao.federated.aggregation.updates import (
     ParcelFile,
-    check_update,
     decoder,
     read_parcel,
     write_parcel,
 )
 from mutirao.federated.codec import Shapes
+from mutirao.federated.coordinator.answers import Accepted, TrainStep
 from mutirao.federated.coordinator.collect import Collector, StaleError, Step
 from mutirao.federated.coordinator.events import Event, RoundFinished, RoundStarted
 from mutirao.federated.coordinator.journal import (
     CoordinatorJournal,
     RoundRecord,
-    SiteRound,
     hash_state,
 )
 from mutirao.federated.coordinator.next_low_rank import (
-    site_shapes,
     trained_shapes,
     write_next_low_rank,
 )
 from mutirao.federated.coordinator.next_state import write_next_state
 from mutirao.federated.coordinator.requests import Requests
+from mutirao.federated.coordinator.secure_round import SecureRound, remove_messages
 from mutirao.federated.identity import open_identity
-from mutirao.federated.messages import DoneAnswer, UpdateAnswer, read_fields
+from mutirao.federated.messages import DoneAnswer, read_fields
 from mutirao.federated.network import Network
 from mutirao.federated.parcel import Parcel
 from mutirao.federated.plan import Coordinator
 
 IDENTITY_FOLDER = "identity"
-Form = Literal["whole", "change"]
 
 
 def run_rounds(
@@ -125,112 +121,6 @@ def _check_journal(journal: CoordinatorJournal) -> None:
             )
 
 
-@dataclass(frozen=True)
-class Accepted:
-    """An accepted answer of a site, as far as the record needs it."""
-
-    answer: UpdateAnswer
-    """Its numbers."""
-    bytes_sent: int
-    """Size of the answer."""
-    bytes_received: int
-    """Size of the request."""
-    sha256: str
-    """Hash of the answer."""
-
-    def record(
-        self, *, norm: float | None = None, cosine: float | None = None, **sizes: int
-    ) -> SiteRound:
-        """Return what the round's record says of the site."""
-        numbers = self.answer.model_dump(
-            include={
-                "num_tokens",
-                "num_steps",
-                "train_loss",
-                "heldout_loss",
-                "epsilon",
-                "num_clipped",
-                "seconds",
-            }
-        )
-        own = {"bytes_sent": self.bytes_sent, "bytes_received": self.bytes_received}
-        return SiteRound(
-            **numbers,
-            **{**own, **sizes},
-            update_sha256=self.sha256,
-            update_norm=norm,
-            cosine_to_mean=cosine,
-        )
-
-
-class TrainStep:
-    """The question for an update, and the check of its answer; also of a promise of one."""
-
-    def __init__(
-        self, requests: Requests, round_number: int, shapes: Shapes, *, terms: bytes | None = None
-    ) -> None:
-        self.accepted: dict[str, Accepted] = {}
-        """What was accepted, by site."""
-        self._requests = requests
-        self._round = round_number
-        self._shapes = shapes
-        self._terms = terms
-        self._config = requests.coordinator.plan.federated
-        self._state_sha256 = requests.journal.replica_sha256(round_number - 1)
-        last = requests.journal.records()[-1:]
-        self._have_replica = set(last[0].sites) if last else set()
-
-    def ask(self, site: str, needs_whole: bool) -> Parcel:
-        """Return the request for a site: the change if it took part in the round before."""
-        has_replica = site in self._have_replica and not needs_whole
-        return self._request("change" if has_replica else "whole")
-
-    def check(self, parcel: Parcel) -> None:
-        """Check an update, or under secure aggregation the promise of one, and note it.
-
-        Raises:
-            StaleError: it answers another request.
-            UpdateError: it is refused.
-        """
-        site, kind = parcel.sender, "update" if self._terms is None else "ready"
-        if parcel.kind != kind:
-            raise StaleError(f"site {site} sent {parcel.kind[:40]!r} (expected {kind!r})")
-        answer = read_fields(UpdateAnswer, parcel)
-        request = self._request_of(answer, site)
-        if answer.state_sha256 != self._state_sha256:
-            raise UpdateError(f"site {site} trained from another state than it was given")
-        self._check_tokens(answer, site)
-        if self._terms is None:
-            check_update(
-                parcel,
-                site_shapes(self._shapes, answer.rank, self._config),
-                self._config.upload,
-                max_norm=self._config.max_update_norm,
-            )
-        self.accepted[site] = Accepted(answer, parcel.num_bytes, request.num_bytes, parcel.sha256)
-
-    def _request(self, form: Form) -> Parcel:
-        return self._requests.train(self._round, form, terms=self._terms)
-
-    def _request_of(self, answer: UpdateAnswer, site: str) -> Parcel:
-        """Return the request that an answer is to; after a restart it may be of either form."""
-        forms: tuple[Form, ...] = ("whole",) if self._round == 1 else ("change", "whole")
-        for form in forms:
-            request = self._request(form)
-            if request.sha256 == answer.request_sha256:
-                return request
-        raise StaleError(f"site {site} answered another request than that of round {self._round}")
-
-    def _check_tokens(self, answer: UpdateAnswer, site: str) -> None:
-        """Refuse a weight beyond the plan; under differential privacy nothing depends on it."""
-        plan = self._requests.coordinator.plan
-        most = plan.federated.tokens_per_round + 2 * plan.train.max_tokens_per_example
-        if plan.federated.privacy is None and answer.num_tokens > most:
-            raise UpdateError(
-                f"site {site} claims {answer.num_tokens} tokens (the plan has at most {most})"
-            )
-
-
 class _Run:
     """One process's part of a run."""
 
@@ -264,12 +154,7 @@ class _Run:
         if self._config.secure is None:
             record = self._run_plain(number)
         else:
-            from mutirao.federated.coordinator.secure_round import SecureRound
-
-            secure = SecureRound(
-                self._requests, self._collector, number, self._sites, on_event=self._tell
-            )
-            record = secure.run()
+            record = SecureRound(self._requests, self._collector, number, on_event=self._tell).run()
         record = record.model_copy(
             update={
                 "seconds": self._clock() - started,
@@ -278,6 +163,7 @@ class _Run:
             }
         )
         self._journal.append(record)
+        remove_messages(self._journal, before=number + 1)
         self._tell(RoundFinished(record))
 
     def _run_plain(self, number: int) -> RoundRecord:

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +26,7 @@ from mutirao.errors import ArtifactError, explain_disk_errors
 
 MAX_HEADER_BYTES = 64 * 1024 * 1024
 """Longer headers are refused; a thousand layers need less than 1 MB."""
-_TYPES = {"F32": np.dtype("<f4"), "U8": np.dtype("u1")}
+_TYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "U8": np.dtype("u1")}
 _LENGTH = struct.Struct("<Q")
 
 
@@ -34,7 +34,7 @@ _LENGTH = struct.Struct("<Q")
 class TensorPlace:
     """One tensor in a file."""
 
-    dtype: np.dtype[np.generic]
+    dtype: np.dtype[Any]
     """Of its values."""
     shape: tuple[int, ...]
     """Its sizes."""
@@ -117,7 +117,7 @@ class StateWriter:
         self._start = start
         self._left = dict(layout)
 
-    def write(self, name: str, values: NDArray[np.generic]) -> None:
+    def write(self, name: str, values: NDArray[Any]) -> None:
         """Write one tensor to its place.
 
         Raises:

@@ -25,8 +25,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mutirao.artifact import write_atomic
+from mutirao.config import load_json
 from mutirao.environment import child_environment
-from mutirao.errors import FederationError, PortInUseError
+from mutirao.errors import FederationError, InputError, PortInUseError
 from mutirao.federated.coordinator.journal import CoordinatorJournal, RoundRecord
 from mutirao.federated.flower.certificates import Certificates
 from mutirao.federated.flower.connection import (
@@ -43,6 +44,7 @@ from mutirao.federated.flower.processes import (
 )
 from mutirao.federated.identity import open_identity, public_hex
 from mutirao.federated.plan import Coordinator, Plan, Site
+from mutirao.federated.simulation import COORDINATOR_NAME, RUN_ID_BYTES, introduce
 from mutirao.federated.site.journal import SiteJournal
 
 if TYPE_CHECKING:
@@ -90,10 +92,9 @@ def run_federation(
     coordinator = open_coordinator(plan, keys, work)
     port = claim_port(plan.federated.port, LOOPBACK)
     federation = Federation(coordinator, LOOPBACK, port)
-    key = public_hex(open_identity(work / "identity"))
     for site in sites:
-        own = site.model_copy(update={"coordinator_key": site.coordinator_key or key})
-        federation.add_site(own, Connection(address=f"{LOOPBACK}:{port}"))
+        connection = Connection(address=f"{LOOPBACK}:{port}")
+        federation.add_site(introduce(site, coordinator), connection)
 
     def watch() -> None:
         if on_progress is not None:
@@ -144,14 +145,34 @@ def serve_coordinator(
 
 
 def open_coordinator(plan: Plan, sites: dict[str, str], work: Path) -> Coordinator:
-    """Return the coordinator's file, made on first use; its run's id stays the same."""
-    path = work / "coordinator.json"
-    run_id = secrets.token_hex(32)
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        run_id = str(json.loads(path.read_bytes())["run_id"])
-    coordinator = Coordinator(plan=plan, sites=sites, work=work.resolve(), run_id=run_id)
-    write_atomic(path, coordinator.model_dump_json(indent=1))
-    return coordinator
+    """Return the coordinator's file, made and kept on first use.
+
+    Args:
+        plan: what is agreed. Where only port and waiting time are others than those of the
+            kept plan, that one goes on: they change nothing, and sites know a run by its plan.
+        sites: public key of each site, by name.
+        work: the coordinator's folder.
+
+    Raises:
+        InputError: the folder belongs to another plan or other sites.
+    """
+    work = work.resolve()
+    path = work / COORDINATOR_NAME
+    if path.exists():
+        kept = load_json(Coordinator, path)
+        local = {"port": plan.federated.port, "connect_timeout_s": plan.federated.connect_timeout_s}
+        federated = kept.plan.federated.model_copy(update=local)
+        same = kept.plan.model_copy(update={"federated": federated}) == plan
+        if not same or kept.sites != sites:
+            raise InputError(
+                f"{path} belongs to another plan or other sites; name another folder, or remove "
+                f"{work} to train anew"
+            )
+        return kept.model_copy(update={"work": work})
+    run_id = secrets.token_hex(RUN_ID_BYTES)
+    made = Coordinator(plan=plan, sites=sites, work=work, run_id=run_id)
+    write_atomic(path, made.model_dump_json(indent=1))
+    return made
 
 
 def claim_port(port: int, host: str) -> int:
@@ -265,7 +286,7 @@ class Federation:
         command += ["--parent-pid", str(os.getpid())]
         certificates = self.certificates
         command += ["--root-certificates", str(certificates.ca)] if certificates else ["--insecure"]
-        path = str(self.work / "coordinator.json")
+        path = str(self.work / COORDINATOR_NAME)
         environment = {**self._environment, COORDINATOR_VARIABLE: path}
         return Child("SuperExec", command, environment, self.work / "logs" / "SuperExec.log")
 

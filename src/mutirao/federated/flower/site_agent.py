@@ -23,7 +23,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -331,7 +331,7 @@ def open_worker(site: Site) -> Iterator[Worker]:
     """Start the site's worker process, and end it afterwards."""
     from mutirao.federated.site.process import WorkerProcess
 
-    with WorkerProcess(site) as worker:
+    with closing(WorkerProcess(site)) as worker:
         yield worker.answer
 
 

@@ -100,7 +100,12 @@ class SecureRounds:
         return CohortPolicy(min_cohort=least) if least else CohortPolicy()
 
     def mask(self, terms: RoundTerms, policy: SitePolicy | None) -> Mask:
-        """Return the protection of an update: the fewest sites whose sum can be read."""
+        """Return the protection of an update: the fewest sites whose sum can be read.
+
+        Raises:
+            ProtocolError: the terms are weaker than this site allows.
+        """
+        self.cohort(policy).check(terms, self._identities)
         return Mask(cohort_size=max(self.cohort(policy).min_cohort, terms.threshold))
 
     def begin(

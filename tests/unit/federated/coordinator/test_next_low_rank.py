@@ -173,6 +173,8 @@ def test_start_of_stacked_is_empty_and_remembers_the_adapters_shapes(tmp_path):
     assert site_shapes(SHAPES, 2, config) == {A: (2, 10), B: (8, 2)}
     assert site_shapes(SHAPES, None, config) == SHAPES
     assert site_shapes(SHAPES, 2, _plan("fedex").federated) == SHAPES
+    with pytest.raises(UpdateError, match="rank 1025"):
+        site_shapes(SHAPES, 1025, config)
     mean = FederatedConfig()
     assert trained_shapes(run.journal, 0, mean) == {}
 

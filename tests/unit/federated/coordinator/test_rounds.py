@@ -1,6 +1,7 @@
 """Rounds: the same bytes in any order and after any death; quorum, deadline, lost and back."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -27,6 +28,11 @@ from mutirao.federated.coordinator.events import (
 from mutirao.federated.coordinator.journal import CoordinatorJournal
 from mutirao.federated.messages import payload_tensors
 from mutirao.federated.network import Lost
+
+
+@pytest.fixture(autouse=True)
+def _without_waiting_for_the_disk(monkeypatch):
+    monkeypatch.setattr("os.fsync", lambda descriptor: None)
 
 
 def _sites(names=NAMES):
@@ -132,42 +138,43 @@ class _KilledError(Exception):
     pass
 
 
-def _count_events(coordinator):
-    events = []
-    run(coordinator, FakeNetwork(_sites()), on_event=events.append)
-    return len(events)
+def _two(work):
+    return make_coordinator(work, sites=NAMES[:2], num_rounds=2), _sites(NAMES[:2])
 
 
 def test_a_coordinator_killed_at_any_event_ends_at_the_same_bytes(tmp_path):
-    num_events = _count_events(make_coordinator(tmp_path / "whole", num_rounds=2))
-    expected = final_bytes(tmp_path / "whole")
-    for place in range(num_events):
-        work, sites, heard = tmp_path / str(place), _sites(), []
+    coordinator, sites = _two(tmp_path / "whole")
+    events = []
+    run(coordinator, FakeNetwork(sites), on_event=events.append)
+    expected = final_bytes(coordinator.work)
+    for place in range(len(events)):
+        coordinator, sites = _two(tmp_path / str(place))
+        heard = []
 
         def die(event, heard=heard, place=place):
             heard.append(event)
             if len(heard) == place + 1:
                 raise _KilledError
 
-        coordinator = make_coordinator(work, num_rounds=2)
         with pytest.raises(_KilledError):
             run(coordinator, FakeNetwork(sites), on_event=die)
         records = run(coordinator, FakeNetwork(sites))
         assert [record.round for record in records] == [1, 2]
-        assert final_bytes(work) == expected, heard[-1]
+        assert final_bytes(coordinator.work) == expected, heard[-1]
         assert all(site.num_trained == 2 for site in sites.values()), heard[-1]
 
 
 def test_a_coordinator_killed_at_any_write_ends_at_the_same_bytes(tmp_path, monkeypatch):
-    import os
-
-    replace_file, writes = os.replace, []
-    run_all = make_coordinator(tmp_path / "whole", num_rounds=2)
-    monkeypatch.setattr(os, "replace", lambda *a: (writes.append(a), replace_file(*a))[1])
-    run(run_all, FakeNetwork(_sites()))
-    expected, num_writes = final_bytes(tmp_path / "whole"), len(writes)
-    for place in range(num_writes):
-        work, sites, seen = tmp_path / str(place), _sites(), []
+    replace_file = os.replace
+    coordinator, sites = _two(tmp_path / "whole")
+    writes = []
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", lambda *names: (writes.append(names), replace_file(*names)))
+        run(coordinator, FakeNetwork(sites))
+    expected = final_bytes(coordinator.work)
+    for place in range(len(writes)):
+        coordinator, sites = _two(tmp_path / str(place))
+        seen = []
 
         def die(source, target, seen=seen, place=place):
             seen.append(target)
@@ -175,14 +182,12 @@ def test_a_coordinator_killed_at_any_write_ends_at_the_same_bytes(tmp_path, monk
                 raise _KilledError
             replace_file(source, target)
 
-        monkeypatch.setattr(os, "replace", replace_file)
-        coordinator = make_coordinator(work, num_rounds=2)
-        monkeypatch.setattr(os, "replace", die)
-        with pytest.raises(_KilledError):
-            run(coordinator, FakeNetwork(sites))
-        monkeypatch.setattr(os, "replace", replace_file)
+        with monkeypatch.context() as patch:
+            patch.setattr("os.replace", die)
+            with pytest.raises(_KilledError):
+                run(coordinator, FakeNetwork(sites))
         run(coordinator, FakeNetwork(sites))
-        assert final_bytes(work) == expected, seen[-1]
+        assert final_bytes(coordinator.work) == expected, seen[-1]
 
 
 def test_kept_updates_are_not_asked_for_again(tmp_path):

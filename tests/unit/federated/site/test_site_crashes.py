@@ -33,8 +33,6 @@ def counted(source, target):
         os._exit(9)
     replace(source, target)
 os.replace = counted
-path_replace = Path.replace
-Path.replace = lambda self, target: counted(self, target)
 site = load_json(Site, Path(sys.argv[1]))
 for path in sys.argv[4:]:
     answer = worker.SiteWorker(site).answer(Parcel.from_bytes(Path(path).read_bytes()))
@@ -65,24 +63,22 @@ class Killed(BaseException):
     """What no handler of the site's catches."""
 
 
-def die_at_write(site, request, num_writes, monkeypatch):
-    """Ask a site that dies just before its n-th file is renamed; return that file's name."""
-    left, replace, path_replace = num_writes, os.replace, Path.replace
+def die_at_write(site, request, name, monkeypatch):
+    """Ask a site that dies just before a file comes into place; return whether it did."""
+    replace = os.replace
 
-    def count(target):
-        nonlocal left
-        left -= 1
-        if left == 0:
-            raise Killed(Path(target).name)
+    def die(source, target):
+        if Path(target).name == name:
+            raise Killed
+        replace(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", lambda s, t: (count(t), replace(s, t))[1])
-        patch.setattr(Path, "replace", lambda s, t: (count(t), path_replace(s, t))[1])
+        patch.setattr(os, "replace", die)
         try:
             SiteWorker(site).answer(request)
-        except Killed as killed:
-            return killed.args[0]
-    return None
+        except Killed:
+            return True
+    return False
 
 
 def content(answer):
@@ -111,13 +107,10 @@ def test_killed_at_each_write_of_a_round_it_answers_the_same(world, tmp_path, mo
 
     site = make_site(tmp_path / "b", model, silo)
     SiteWorker(site).answer(first)
-    names = []
-    while (name := die_at_write(site, second, len(names) + 1, monkeypatch)) is not None:
-        names.append(name)
-    # Progress is written now and then; all else in this order, and the answer last.
-    names = [name for name in names if name != "progress.json"]
     kept = f"update-{second.sha256}.parcel"
-    assert names[:4] == ["replica.safetensors", "optimizer.pt", "residuals.safetensors", kept]
+    for name in ("replica.safetensors", "optimizer.pt", "residuals.safetensors", kept):
+        assert die_at_write(site, second, name, monkeypatch)
+        assert not (site.work / "runs" / second.run[:16] / "round-002" / kept).exists()
     assert ask_and_kill(make_site(tmp_path / "c", model, silo), [first], tmp_path, 3) is None
     answer = SiteWorker(site).answer(second)
     assert content(answer) == expected
