@@ -17,6 +17,8 @@ STYLE = {
     "nvflare-offload": ("NVFlare, replies on the disk", "#7a5cb0", "P", ":"),
 }
 """Label, colour, marker and line of each peer."""
+SITES_SIZE = "4M"
+"""Size at which numbers of sites are compared."""
 
 
 def draw(summary: dict[str, Any], title: str, path: Path) -> None:
@@ -30,7 +32,7 @@ def draw(summary: dict[str, Any], title: str, path: Path) -> None:
     cases = [
         case
         for case in summary["cases"].values()
-        if "peak_bytes" in case and not case["disturbed"] and case["num_rounds"] == 2
+        if "peak_bytes" in case and not case["disturbed"] and case["num_rounds"] < 3
     ]
     style = {"svg.fonttype": "none", "svg.hashsalt": "mutirao", "font.size": 10}
     with matplotlib.rc_context(style):
@@ -39,18 +41,22 @@ def draw(summary: dict[str, Any], title: str, path: Path) -> None:
         by_sites, by_size = figure.subplots(1, 2)
         for peer in STYLE:
             own = [case for case in cases if case["peer"] == peer]
-            _plot(by_sites, peer, [c for c in own if c["size"] == "16M"], "num_sites", 1.0)
+            _plot(by_sites, peer, _of_sites(own), "num_sites", 1.0)
             few = [c for c in own if c["num_sites"] == 4]
             if peer == "mutirao":
                 few = [c for c in few if c["upload"] == "bf16"]
             _plot(by_size, peer, few, "num_parameters", 1e6)
-        _finish(by_sites, "sites, 16 million parameters")
+        _finish(by_sites, f"sites, {SITES_SIZE[:-1]} million parameters")
         by_sites.set_xticks([4, 32])
         _finish(by_size, "million parameters, 4 sites")
         handles, labels = by_size.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
         figure.suptitle(title, fontsize=11)
         figure.savefig(path, format="svg", metadata={"Date": None})
+
+
+def _of_sites(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [each for each in cases if each["size"] == SITES_SIZE and each["upload"] != "bf16"]
 
 
 def _plot(axes: Axes, peer: str, cases: list[dict[str, Any]], what: str, unit: float) -> None:

@@ -33,7 +33,7 @@ HERE = Path(__file__).parent
 LIMIT_S = 540.0
 RESTART_LIMIT_S = 90.0
 """How long a peer is given to go on after its server was killed, where it says nothing."""
-LOOPBACK_BYTES = Path("/sys/class/net/lo/statistics/rx_bytes")
+NETWORK = Path("/proc/self/net/dev")
 
 
 class Run:
@@ -109,7 +109,10 @@ class Run:
         """Return the processes whose memory counts."""
         if self.server is None:
             return []
-        return tree_of([self.server.pid], leave_out=SITE_WORKER)
+        found = tree_of([self.server.pid], leave_out=SITE_WORKER)
+        if self.is_ours or self.is_flower:
+            return found
+        return [each for each in found if each.pid != self.server.pid]  # it submits the job
 
     def has_finished(self) -> bool:
         """Whether all rounds are done."""
@@ -132,10 +135,10 @@ class Run:
         """Kill all server processes in the middle of round 2, start them again, and watch."""
         self.wait(lambda: self._answers_of(2) >= max(2, self.task.num_sites // 2), LIMIT_S)
         answers, killed_s = self._answers_of(2), time.monotonic()
-        for process in self.server_processes():
+        assert self.server is not None
+        for process in tree_of([self.server.pid]):
             with suppress(psutil.Error):
                 process.send_signal(signal.SIGKILL)
-        assert self.server is not None
         self.server.wait()
         before = len(read_answers(self.folder))
         self.start_server()
@@ -220,7 +223,8 @@ def _loopback() -> int | None:
     """Return the bytes that went over this namespace's loopback; None where it is shared."""
     if os.environ.get("MUTIRAO_BENCH_NAMESPACE") != "1":
         return None
-    return int(LOOPBACK_BYTES.read_text())
+    lines = [line.split() for line in NETWORK.read_text().splitlines()]
+    return next(int(words[1]) for words in lines if words[0] == "lo:")
 
 
 def main(path: str, nvflare: str) -> int:

@@ -101,7 +101,8 @@ def answer_flower(task: Task, name: str, fleet: Fleet) -> None:
     message, tree = received
     content = fleet.fetch(message, tree)
     arrays, config = content["arrays"], content["config"]
-    assert isinstance(arrays, ArrayRecord) and isinstance(config, ConfigRecord)
+    assert isinstance(arrays, ArrayRecord)
+    assert isinstance(config, ConfigRecord)
     down = sum(len(each.data) for each in arrays.values())
     round_number = int(str(config["server-round"]))
     del content, arrays

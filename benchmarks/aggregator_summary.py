@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable
+from itertools import pairwise
 from typing import Any
 
 FIGURES = ("peak_bytes", "peak_anonymous_bytes", "wall_s", "down_bytes", "up_bytes")
@@ -51,13 +52,13 @@ def _case(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _plain(cases: dict[str, Any], peer: str, **wanted: Any) -> list[dict[str, Any]]:
-    """Return a peer's undisturbed cases of two rounds that have a peak, by size."""
+    """Return a peer's undisturbed cases that have a peak, by size."""
     found = [
         case
         for case in cases.values()
         if case["peer"] == peer
         and not case["disturbed"]
-        and case["num_rounds"] == 2
+        and case["num_rounds"] < 3
         and "peak_bytes" in case
         and all(case[key] == value for key, value in wanted.items())
     ]
@@ -70,7 +71,7 @@ def _slopes(cases: dict[str, Any], peer: str) -> dict[str, float]:
     upload = "bf16" if peer == "mutirao" else "fp32"
     found = [case for case in found if case["upload"] == upload]
     result = {}
-    for small, large in zip(found, found[1:], strict=False):
+    for small, large in pairwise(found):
         more = large["peak_bytes"]["median"] - small["peak_bytes"]["median"]
         parameters = large["num_parameters"] - small["num_parameters"]
         result[f"{small['size']} to {large['size']}"] = round(more / parameters, 2)
@@ -79,11 +80,12 @@ def _slopes(cases: dict[str, Any], peer: str) -> dict[str, float]:
 
 def _sites(cases: dict[str, Any], peer: str) -> dict[str, float]:
     """Return the peak with 32 sites over that with 4."""
-    few, many = (_plain(cases, peer, size="16M", num_sites=number) for number in (4, 32))
-    if not few or not many:
-        return {}
-    ratio = many[0]["peak_bytes"]["median"] / few[0]["peak_bytes"]["median"]
-    return {"16M": round(ratio, 3)}
+    found = {}
+    for many in _plain(cases, peer, num_sites=32):
+        for few in _plain(cases, peer, size=many["size"], upload=many["upload"], num_sites=4):
+            ratio = many["peak_bytes"]["median"] / few["peak_bytes"]["median"]
+            found[many["size"]] = round(ratio, 3)
+    return found
 
 
 def _recovery(cases: dict[str, Any]) -> dict[str, Any]:

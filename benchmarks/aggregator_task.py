@@ -17,8 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 VOCABULARY = 32_768
-SIZES = {"0.1M": (64, 2, 128), "16M": (384, 2, VOCABULARY), "64M": (640, 9, VOCABULARY)}
-SIZES["256M"] = (1024, 18, VOCABULARY)
+SIZES = {
+    "0.1M": (64, 2, 128),
+    "4M": (96, 8, VOCABULARY),
+    "16M": (384, 2, VOCABULARY),
+    "64M": (640, 9, VOCABULARY),
+    "256M": (1024, 18, VOCABULARY),
+}
 """Width, blocks and vocabulary; the exact number of parameters is ``count_parameters``."""
 SCALE = np.float32(0.01)
 _WHOLE = np.uint32(0xFFFF0000)

@@ -8,6 +8,7 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from mutirao.federated.codec import CodecConfig, decode_tensor, decode_tensors, encode_tensors
+from mutirao.federated.codec.layout import FORMATS
 from mutirao.federated.coordinator.journal import CoordinatorJournal
 from mutirao.federated.coordinator.rounds import run_rounds
 from mutirao.federated.identity import public_hex
@@ -107,7 +108,7 @@ class FakeSite:
         if self.replica is not None and hash_tensors(self.replica) == state.state_sha256:
             return self.replica
         if state.form == "whole":
-            codec = CodecConfig(format=state.format)
+            codec = CodecConfig(format=FORMATS[next(iter(payloads.values()))[3]])
             self.replica = decode_tensors(payloads, self.shapes, codec)
         elif self.replica is not None and hash_tensors(self.replica) == state.based_on:
             sizes = {name: values.shape for name, values in self.replica.items()}

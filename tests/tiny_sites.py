@@ -33,7 +33,7 @@ FEDERATED = FederatedConfig(num_rounds=3, tokens_per_round=120, monitor_tokens=4
 TRAIN = TrainConfig(
     learning_rate=1e-2, warmup_tokens=0, tokens_per_step=64, max_tokens_per_example=32
 )
-WORDS = "fever cough patient admitted treatment outcome persistent febre tosse correct".split()
+WORDS = ("fever", "cough", "patient", "admitted", "outcome", "persistent", "febre", "correct")
 
 
 def make_model(tiny_model_directory: Path, folder: Path) -> Path:
@@ -60,7 +60,7 @@ def make_silo(folder: Path, *, seed: int = 0, num: int = 12, units: int = 0) -> 
 
 
 def make_packed(folder: Path, *, seed: int = 0, num: int = 2_000, vocabulary: int = 300) -> Path:
-    """Write a silo of packed tokens: each follows from the one before, so there is much to learn."""
+    """Write a silo of packed tokens, of which each follows from the one before."""
     start = np.random.default_rng(seed).integers(0, 20)
     ids = ((np.arange(num) * 7 + start) % 20).astype(np.uint16)
     assert vocabulary > 20
@@ -130,9 +130,7 @@ class TinyCoordinator:
         decoded = decode_tensors(payloads, shapes_of(update), codec)
         before = hash_tensors(self.state)
         self.state = add_change(self.state, decoded)
-        fields = StateFields(
-            form="change", based_on=before, state_sha256=hash_tensors(self.state)
-        )
+        fields = StateFields(form="change", based_on=before, state_sha256=hash_tensors(self.state))
         request = TrainRequest(plan=self.plan, state=fields)
         return self.sign(
             "train", round_number, request, {**tensor_payloads(payloads), **(extra or {})}

@@ -3,6 +3,7 @@
 What may be somebody else's lie in a site's name is refused too, but costs the site nothing.
 """
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -124,9 +125,8 @@ def test_a_site_that_lies_under_its_own_name_is_out_of_the_round(tmp_path, lie):
     assert sorted(records[1].sites) == sorted(NAMES)
     (row,) = CoordinatorJournal(tmp_path).refusals()
     assert (row["site"], row["round"]) == (LIAR, 1)
-    assert np.char.find(row["sentence"], LIAR) >= 0
-    with pytest.raises(AssertionError, match=words):
-        raise AssertionError(row["sentence"])
+    assert LIAR in row["sentence"]
+    assert re.search(words, row["sentence"])
     assert not CoordinatorJournal(tmp_path).update_path(1, LIAR).exists()
 
 
@@ -184,8 +184,7 @@ def test_a_forgery_in_a_site_s_name_is_refused_and_costs_the_site_nothing(tmp_pa
     assert records[0].missing == ()
     rows = CoordinatorJournal(tmp_path / "a").refusals()
     assert len(rows) == 1
-    with pytest.raises(AssertionError, match=words):
-        raise AssertionError(rows[0]["sentence"])
+    assert re.search(words, rows[0]["sentence"])
     assert len(rows[0]["site"]) <= 64
     assert rows[0]["site"].isprintable()
     assert rows[0]["sentence"].isprintable()

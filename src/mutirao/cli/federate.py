@@ -1,4 +1,4 @@
-"""``mutirao federate``: what a site needs to take part, and to show what left it."""
+"""``mutirao federate``: train together, and show what left a site."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mutirao.cli import federation
 from mutirao.cli.options import AsJson
 
 if TYPE_CHECKING:
@@ -14,10 +15,15 @@ if TYPE_CHECKING:
     from mutirao.federated.audit.record import AuditRecord, Release
 
 app = typer.Typer(
-    help="Make a site's key; show and check what left a site.",
+    help="Train together with others; show and check what left a site.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
+
+app.command("simulate")(federation.simulate)
+app.command("server")(federation.server)
+app.command("invite")(federation.invite)
+app.command("site")(federation.site)
 
 _MANY = 10
 """Tensor names that a line shows before it only counts them."""
@@ -61,23 +67,54 @@ def audit(
 
 @app.command("keys")
 def keys(
-    out: Annotated[Path, typer.Argument(help="Folder of the two files.")],
+    out: Annotated[Path, typer.Argument(help="Folder of the files.")],
+    coordinator: Annotated[
+        bool,
+        typer.Option("--coordinator", help="Make a coordinator's certificates instead."),
+    ] = False,
+    host: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--host",
+            help="Host name or IP address under which sites reach the coordinator; may be given "
+            "again.",
+            metavar="HOST",
+        ),
+    ] = None,
     json: AsJson = False,
 ) -> None:
-    """Make a site's key pair, which signs its audit log."""
+    """Make a site's key pair, or a coordinator's certificates.
+
+    A site's key says who it is, and signs its audit log; it belongs in the folder "identity" of
+    the site's work folder. A coordinator's own key is made with its work.
+    """
     import json as json_module
 
-    from mutirao.federated.identity import PRIVATE_NAME, PUBLIC_NAME, make_identity, public_hex
+    if coordinator:
+        from mutirao.federated.flower.certificates import make_certificates
 
-    public_key = public_hex(make_identity(out))
-    private, public = str(out / PRIVATE_NAME), str(out / PUBLIC_NAME)
-    if json:
-        made = {"public_key": public_key, "private_file": private, "public_file": public}
-        typer.echo(json_module.dumps(made, indent=2))
-        return
-    typer.echo(f"{private}: the private key; it stays at the site, and a copy in its safe")
-    typer.echo(f"{public}: the public key, for whoever checks the site's log")
-    typer.echo(f"public key: {public_key}")
+        made = make_certificates(out, host or [])
+        files = {"ca": made.ca, "certificate": made.server, "key": made.server_key}
+        told = {name: str(path) for name, path in files.items()}
+        lines = [
+            f"{made.ca}: the authority's certificate, which goes to the sites with their invites",
+            f"{made.server}: the coordinator's certificate",
+            f"{made.server_key}: its private key; it stays here",
+        ]
+    else:
+        if host:
+            raise typer.BadParameter("--host belongs to --coordinator")
+        from mutirao.federated.identity import PRIVATE_NAME, PUBLIC_NAME, make_identity, public_hex
+
+        public_key = public_hex(make_identity(out))
+        private, public = str(out / PRIVATE_NAME), str(out / PUBLIC_NAME)
+        told = {"public_key": public_key, "private_file": private, "public_file": public}
+        lines = [
+            f"{private}: the private key; it stays at the site, and a copy in its safe",
+            f"{public}: the public key, for whoever checks the site's log",
+            f"public key: {public_key}",
+        ]
+    typer.echo(json_module.dumps(told, indent=2) if json else "\n".join(lines))
 
 
 def _to_json(verification: Verification) -> dict[str, Any]:

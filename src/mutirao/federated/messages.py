@@ -61,9 +61,6 @@ class StateFields(Config):
     'none': the site is known to have it."""
     based_on: str = ""
     """Hash of the state that a change is to be added to; see ``site.replica``."""
-    format: Literal["fp32", "bf16"] = "fp32"
-    """How the values of a whole state are written: bf16 where that loses nothing. A change is
-    written as the plan says."""
     state_sha256: str
     """Hash of the state that results."""
     ranks: dict[str, int] = Field(default_factory=dict)

@@ -17,14 +17,13 @@ from mutirao.artifact import write_atomic
 from mutirao.config import load_json
 from mutirao.errors import InputError, MutiraoError
 from mutirao.federated.coordinator.events import Event
-from mutirao.federated.coordinator.journal import RoundRecord
+from mutirao.federated.coordinator.journal import COORDINATOR_NAME, RoundRecord
 from mutirao.federated.coordinator.rounds import IDENTITY_FOLDER, run_rounds
 from mutirao.federated.identity import open_identity, public_hex
 from mutirao.federated.network import Lost
 from mutirao.federated.parcel import Parcel
 from mutirao.federated.plan import Coordinator, Plan, Site
 
-COORDINATOR_NAME = "coordinator.json"
 RUN_ID_BYTES = 32
 
 Worker = Callable[[Parcel], Parcel]
@@ -81,19 +80,23 @@ def simulate(
         InputError: the folder belongs to another plan or other sites, or has no start.
         FederationError: a site failed; finished rounds are kept.
     """
+    coordinator = open_coordinator(plan, sites, work)
+    network = SimulatedNetwork(site_workers(sites, coordinator))
+    return run_rounds(coordinator, network, on_event=on_event)
+
+
+def site_workers(sites: Sequence[Site], coordinator: Coordinator) -> dict[str, Worker]:
+    """Return what answers for each site; they share one model."""
     from mutirao.federated.site.models import ModelCache
     from mutirao.federated.site.worker import SiteWorker
 
-    coordinator = open_coordinator(plan, sites, work)
     models = ModelCache()
 
     def answer(site: Site, request: Parcel) -> Parcel:
         # Made for each request: what it needs of earlier ones is in its journal.
         return SiteWorker(site, public_models=models).answer(request)
 
-    known = [introduce(site, coordinator) for site in sites]
-    workers: dict[str, Worker] = {site.name: partial(answer, site) for site in known}
-    return run_rounds(coordinator, SimulatedNetwork(workers), on_event=on_event)
+    return {site.name: partial(answer, introduce(site, coordinator)) for site in sites}
 
 
 def open_coordinator(plan: Plan, sites: Sequence[Site], work: Path) -> Coordinator:

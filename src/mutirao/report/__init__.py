@@ -2,6 +2,7 @@
 
 It reads only what the stages left on disk: artifacts, their manifests and the JSON files in
 them. No model is loaded and no stage is imported but ``evaluate``, whose results it reads.
+``federation`` shows a coordinator's folder and what left a site, in the same style.
 """
 
 from mutirao.report.collect import summarize

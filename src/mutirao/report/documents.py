@@ -68,8 +68,8 @@ class Preparation:
 class SiteRound:
     """What one site did in one round."""
 
-    train_loss: float
-    """Nats per token."""
+    train_loss: float | None
+    """Nats per token; None under differential privacy."""
     heldout_loss: float | None
     """Of the global model as received, nats per token."""
     num_tokens: int

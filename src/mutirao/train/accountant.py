@@ -15,7 +15,7 @@ arXiv:2004.00010. The distribution of the privacy loss (PLD) is tighter; its ari
 paid from.
 
 Left out: other mechanisms and other ways of sampling, in particular shuffled epochs, for
-which these figures do not hold. Nothing here is wired into federated runs yet.
+which these figures do not hold.
 """
 
 from __future__ import annotations

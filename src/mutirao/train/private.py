@@ -21,9 +21,9 @@ attack is Mironov 2012, ACM CCS, "On significance of the least significant bits 
 differential privacy"); it is not a proof, which would need discrete noise (Canonne, Kamath,
 Steinke 2020, arXiv:2004.00010).
 
-Not here: data parallelism, adaptive clipping, noise that is correlated over steps. Nothing
-of it is wired into federated runs or recipes yet: rounds there train without noise, records
-carry no unit key, and a site's answer holds losses and counts that no ε covers.
+Not here: data parallelism, adaptive clipping, noise that is correlated over steps. Federated
+rounds use it where the plan asks for privacy (``federated.site.local_round``), and tell neither
+losses nor counts then.
 
 Shapes: B records, T tokens, P values of all trainable parameters.
 """

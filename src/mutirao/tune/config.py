@@ -21,3 +21,6 @@ class LoRAConfig(Config):
     others; 0 for all."""
     freeze_a: bool = True
     """Train B alone (FFA-LoRA): sums of sites' updates are exact, and half the size."""
+    quantize_base: bool = False
+    """Keep the frozen base in 4 bits while training (QLoRA), which needs the extra 'qlora'; the
+    adapter is merged into the base as it was."""

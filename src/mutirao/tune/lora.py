@@ -3,8 +3,8 @@
 ΔW = (alpha / rank) · B A beside each chosen linear layer (Hu et al. 2021,
 arXiv:2106.09685). With ``freeze_a`` only B is trained (FFA-LoRA, Sun et al. 2024,
 arXiv:2403.12313): the mean of the sites' updates is then exact, since mean(Bᵢ) A is the
-mean of Bᵢ A, and half as many bytes travel. QLoRA and the aggregation of adapters of
-different ranks are not here yet.
+mean of Bᵢ A, and half as many bytes travel. ``qlora`` puts the frozen base into 4
+bits; the aggregation of adapters of different ranks belongs to ``federated``.
 """
 
 from __future__ import annotations

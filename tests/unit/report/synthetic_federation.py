@@ -108,14 +108,22 @@ def _site_round(index: int, number: int, is_secure: bool, is_private: bool) -> S
 
 
 def write_measures(work: Path) -> None:
-    document = {
-        "cross_site": {
-            "global": {"north": 2.5, "south": 2.7, "west": 2.9},
-            "north": {"north": 2.4, "south": 3.0, "west": float("nan")},
+    """Write measures in the form of ``coordinator.measures``, with three that are no losses."""
+    losses = {
+        "global": {"north": 2.5, "south": 2.75, "west": 2.9},
+        "without north": {"north": 2.62, "south": 2.72, "west": "much"},
+        "alone north": {"north": 2.4, "south": 3.0, "west": float("nan")},
+    }
+    document: dict[str, Any] = {
+        "round": 4,
+        "losses": {
+            label: {site: {"loss": loss, "num_tokens": 100} for site, loss in row.items()}
+            for label, row in losses.items()
         },
-        "leave_one_out": {"north": {"north": 0.12, "south": -0.03, "west": "much"}},
+        "contributions": {"north": 0.045, "south": None},
         "later": [1, 2],
     }
+    document["losses"]["alone north"]["east"] = 7
     (work / "measures.json").write_text(json.dumps(document))
 
 

@@ -3,11 +3,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 
 import matplotlib
 import pytest
+from seen_page import Page
 from synthetic_run import SILOS, write_synthetic_run
 
 from mutirao.errors import InputError
@@ -16,43 +16,6 @@ from mutirao.report import figures, wording
 from mutirao.report.collect import summarize
 from mutirao.report.drawing import spread
 from mutirao.report.page import heat, next_commands, render_page, write_report
-
-VOID = {"meta", "br", "path", "use", "rect", "input", "img", "link"}
-
-
-class Page(HTMLParser):
-    """What a browser would see: elements, attributes, text; and whether tags are balanced."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.attributes: list[tuple[str, str, str]] = []
-        self.words: list[str] = []
-        self.open: list[str] = []
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.attributes += [(tag, name, value or "") for name, value in attrs]
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.attributes += [(tag, name, value or "") for name, value in attrs]
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag not in VOID:
-            assert self.open, f"</{tag}> closes nothing"
-            assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.words.append(data)
-
-    @property
-    def text(self) -> str:
-        return re.sub(r"\s+", " ", " ".join(self.words))
 
 
 @pytest.fixture(scope="module")

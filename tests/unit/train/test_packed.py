@@ -47,8 +47,10 @@ def test_windows_are_stretches_of_the_text_and_follow_from_seed_name_and_step():
         for change in ({"seed": 2}, {"name": "south"}, {"step": 4})
     )
     assert torch.equal((windows[:, 1:] - windows[:, :-1]) % 20, torch.full((4, 16), 7))
-    assert torch.equal(take_windows(TOKENS, 2, 500, seed=0, name="n", step=0)[0][:5], torch.tensor(
-        TOKENS[:5].astype(np.int64)))
+    assert torch.equal(
+        take_windows(TOKENS, 2, 500, seed=0, name="n", step=0)[0][:5],
+        torch.tensor(TOKENS[:5].astype(np.int64)),
+    )
     with pytest.raises(DataError, match="too few"):
         take_windows(TOKENS, 1, 501, seed=0, name="n", step=0)
 
@@ -59,8 +61,15 @@ def test_rounds_join_up_to_the_bit(tiny_model_directory):
         state, start = None, 0
         for num_steps in cuts:
             result = train_packed(
-                model, TOKENS, CONFIG, seed=0, name="n", num_steps=num_steps, start_step=start,
-                total_steps=6, optimizer_state=state,
+                model,
+                TOKENS,
+                CONFIG,
+                seed=0,
+                name="n",
+                num_steps=num_steps,
+                start_step=start,
+                total_steps=6,
+                optimizer_state=state,
             )
             state, start = result.optimizer_state, start + num_steps
         return flat(model)

@@ -6,6 +6,7 @@ Small enough to do without a statistics library at run time; tests hold it again
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,10 +26,14 @@ def binomial_masses(num: int, share: float) -> NDArray[np.float64]:
         masses[round(num * share)] = 1.0
         return masses
     k = np.arange(num + 1)
-    log_factorial = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, num + 1)))])
-    log_choose = log_factorial[num] - log_factorial[k] - log_factorial[num - k]
-    masses = np.exp(log_choose + k * math.log(share) + (num - k) * math.log1p(-share))
+    masses = np.exp(_log_choose(num) + k * math.log(share) + (num - k) * math.log1p(-share))
     return np.asarray(masses, np.float64)
+
+
+@lru_cache(maxsize=64)
+def _log_choose(num: int) -> NDArray[np.float64]:
+    log_factorial = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, num + 1)))])
+    return np.asarray(log_factorial[num] - log_factorial - log_factorial[::-1], np.float64)
 
 
 def clopper_pearson(num_right: int, num: int, confidence: float = 0.95) -> tuple[float, float]:

@@ -3,9 +3,9 @@
 The gradient of an input embedding has a row for each token, and a token that was not in
 the text has a row of zeros; AdamW without weight decay then leaves the row as it was. So
 the rows that changed are the tokens that were trained on, even after many local steps
-(for gradients: Melis et al. 2019, arXiv:1805.04049, section 4.1). Where every row changes,
-as in the output head, in low-rank factors beside either, or under noise, their sizes
-still rank the tokens.
+(for gradients: Melis et al. 2019, arXiv:1805.04049, section 4.1). In the output head, in tied
+embeddings and in low-rank factors beside them every row changes; but tokens that were not
+in the text are all pushed the same way, so that rows that differ from the common one tell.
 
 Under secure aggregation the server has the sum: it sees that somebody had the token. Who
 did is asked of ``evaluate_attribution``, whose chance level is one over the number of
@@ -76,10 +76,23 @@ def token_evidence(update: Tensor, *, token_axis: int = 0) -> Vector:
     Raises:
         ShapeError: the update is no matrix.
     """
-    if update.ndim != 2:
-        raise ShapeError(f"an update of shape {tuple(update.shape)} came (expected a matrix)")
-    rows = update.detach().cpu().double().movedim(token_axis, 0)
-    return np.asarray(rows.norm(dim=1).numpy(), np.float64)
+    return _norms(_rows(update, token_axis))
+
+
+def token_deviation(update: Tensor, *, token_axis: int = 0) -> Vector:
+    """Return how far each token's row lies from the common one, the median of all rows.
+
+    For matrices of which every row changes; less than half of the vocabulary may have been
+    trained on, or else the common row is theirs. See ``token_evidence``.
+
+    Returns:
+        (V,) float64.
+
+    Raises:
+        ShapeError: the update is no matrix.
+    """
+    rows = _rows(update, token_axis)
+    return _norms(rows - rows.median(dim=0).values)
 
 
 def trained_tokens(update: Tensor, *, token_axis: int = 0) -> frozenset[int]:
@@ -159,3 +172,14 @@ def sole_owners(tokens_by_site: Collection[Collection[int]]) -> dict[int, int]:
         for token in set(tokens):
             holders.setdefault(token, []).append(site)
     return {token: sites[0] for token, sites in sorted(holders.items()) if len(sites) == 1}
+
+
+def _rows(update: Tensor, token_axis: int) -> Tensor:
+    """(V, D) float64 on the CPU."""
+    if update.ndim != 2:
+        raise ShapeError(f"an update of shape {tuple(update.shape)} came (expected a matrix)")
+    return update.detach().cpu().double().movedim(token_axis, 0)
+
+
+def _norms(rows: Tensor) -> Vector:
+    return np.asarray(rows.norm(dim=1).numpy(), np.float64)

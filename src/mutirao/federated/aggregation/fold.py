@@ -8,7 +8,7 @@ values go to a file without a name, and come back a stretch of all sites at a ti
     mean, separate           weighted by tokens, or equally
     median, trimmed_mean     of each value; weights do not count
     krum, multi_krum         two passes: distances of all pairs, then the mean of the selected
-    fedex, stacked           in ``low_rank``, which looks at pairs of tensors
+    fedex, stacked           not here: ``low_rank_rounds`` looks at pairs of tensors
 
 Not here: the outer step (``coordinator.next_state``) and secure aggregation, whose mean comes
 from a sum (``coordinator.secure_round``).
@@ -96,8 +96,8 @@ def combine(updates: RoundUpdates, aggregation: str, *, num_faulty: int = 1) -> 
             selected = _select(updates, num_faulty, multiple=aggregation == "multi_krum")
             return lambda name: weighted_mean(selected, name)
     raise InputError(
-        f"federated.aggregation={aggregation} is not built yet (expected mean, separate, median, "
-        "trimmed_mean, krum or multi_krum)"
+        f"federated.aggregation={aggregation} does not go tensor by tensor (expected mean, "
+        "separate, median, trimmed_mean, krum or multi_krum)"
     )
 
 

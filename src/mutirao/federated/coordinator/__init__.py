@@ -4,7 +4,10 @@
     collect        who was asked, who answered, who is waited for, until when
     secure_round   the same under secure aggregation
     requests       what is asked, with the state or its change
+    answers        what may come back, and the check of it
+    events         what happens, as it happens
     next_state     mean update, outer step, change for the sites: one tensor at a time
+    next_low_rank  the same for states that are sums of low-rank products
     journal        records, states, answers on disk
     state_files    tensors on disk, read and written one at a time
     adapter        the agreed start, and the result

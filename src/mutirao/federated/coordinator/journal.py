@@ -20,12 +20,14 @@ of a round holds the hashes of its states, by which they are checked when they a
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +37,14 @@ from pydantic import Field
 
 from mutirao.artifact import write_atomic
 from mutirao.config import Config
-from mutirao.errors import ArtifactError, explain_disk_errors
+from mutirao.errors import ArtifactError, InputError, explain_disk_errors
 from mutirao.federated.aggregation.outer import OuterOptimizer
 from mutirao.federated.coordinator.state_files import StateFile, writing
 from mutirao.federated.messages import printable
 from mutirao.federated.site.replica import update_hash
 
+COORDINATOR_NAME = "coordinator.json"
+"""The coordinator's own file, where it is kept beside its journal."""
 SMALL_STATE_BYTES = 64 * 1024 * 1024
 """States of fewer bytes are all kept, larger ones but for the start and the last two. A hundred
 rounds of an adapter of a few million values then take a few GB, and a run can be cut before
@@ -107,6 +111,27 @@ class CoordinatorJournal:
         self.rounds_path = folder / "rounds.json"
         self.status_path = folder / "status.json"
         self.refused_path = folder / "refused.jsonl"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from running rounds in the same folder; a dead one keeps nobody.
+
+        Raises:
+            InputError: one does.
+        """
+        with explain_disk_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield
+        except BlockingIOError:
+            raise InputError(
+                f"another process runs the rounds of {self.folder} (see {self.status_path}); wait "
+                "for it, or stop it"
+            ) from None
+        finally:
+            os.close(descriptor)
 
     def records(self) -> list[RoundRecord]:
         """Return the finished rounds, in order.

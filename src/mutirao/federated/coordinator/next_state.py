@@ -4,6 +4,8 @@ For each tensor, in the order of names: the mean, the outer step, and the change
 get. The change is encoded, and what is decoded from it is added to the replica, here as at the
 sites. What encoding lost is still in the difference of the two and goes out with the next
 round. The same mean and the same state before give the same bytes.
+
+Memory: about 20 bytes for each value of the largest tensor, however many sites and tensors.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from numpy.typing import NDArray
 from mutirao.federated.aggregation.fold import Directions, Mean
 from mutirao.federated.aggregation.outer import OuterState
 from mutirao.federated.codec import Shapes, count_payload_bytes, decode_tensor, encode_tensor
+from mutirao.federated.codec.blocks import stretches
 from mutirao.federated.coordinator.journal import CoordinatorJournal, outer_kinds
 from mutirao.federated.coordinator.state_files import StateFile, StateWriter, writing
 from mutirao.federated.plan import FederatedConfig
@@ -40,16 +43,6 @@ class NextState:
     """Hash of the coordinator's state."""
     replica_sha256: str
     """Hash of what the sites will hold."""
-
-
-@dataclass(frozen=True)
-class _Tensor:
-    """One tensor of the next state."""
-
-    new_global: NDArray[np.float32]
-    new_replica: NDArray[np.float32]
-    outer: dict[str, NDArray[np.float32]]
-    change: NDArray[np.uint8]
 
 
 def write_next_state(
@@ -83,19 +76,15 @@ def write_next_state(
     hashes = {part: hashlib.sha256() for part in ("global", "replica")}
     with _writing_state(journal, round_number, config, shapes) as files:
         for name in shapes:
-            mean_update = mean(name)
-            if directions is not None:
-                directions.add(name, mean_update)
-            tensor = _step_tensor(name, mean_update, before, round_number, config)
-            del mean_update
-            files["global"].write(name, tensor.new_global)
-            files["replica"].write(name, tensor.new_replica)
-            files["change"].write(name, tensor.change)
-            for key, values in tensor.outer.items():
-                files["outer"].write(key, values)
-            update_hash(hashes["global"], name, tensor.new_global)
-            update_hash(hashes["replica"], name, tensor.new_replica)
-            del tensor
+            new = _step_tensor(name, mean, directions, before, files["outer"], round_number, config)
+            update_hash(hashes["global"], name, new)
+            files["global"].write(name, new)
+            replica = before["replica"].read(name)
+            change, new_replica = _change_tensor(name, new, replica, round_number, config)
+            update_hash(hashes["replica"], name, new_replica)
+            files["replica"].write(name, new_replica)
+            files["change"].write(name, change)
+            del new, replica, change, new_replica  # before the next one's are made
     return NextState(hashes["global"].hexdigest(), hashes["replica"].hexdigest())
 
 
@@ -127,22 +116,46 @@ def _writing_state(
 
 def _step_tensor(
     name: str,
-    mean: NDArray[np.float64],
+    mean: Mean,
+    directions: Directions | None,
     before: Mapping[str, StateFile],
+    outer_file: StateWriter,
     round_number: int,
     config: FederatedConfig,
-) -> _Tensor:
-    kept = {f"{kind}/{name}" for kind in outer_kinds(config.outer)}
-    state = OuterState(round_number - 1, {key: before["outer"].read(key) for key in kept})
-    parameters = {name: before["global"].read(name)}
-    new, outer = config.outer.step(parameters, {name: mean}, state)
-    replica = before["replica"].read(name)
-    change = encode_tensor(
-        name, new[name] - replica, config.download, seed=change_seed(round_number)
-    )
-    decoded = decode_tensor(name, change, replica.shape, config.download)
-    new_replica = add_change({name: replica}, {name: decoded})[name]
-    return _Tensor(new[name], new_replica, outer.arrays, change)
+) -> NDArray[np.float32]:
+    """Make the outer step of one tensor, a stretch at a time; return its new values."""
+    mean_update = mean(name)
+    if directions is not None:
+        directions.add(name, mean_update)
+    values, mean_N = before["global"].read(name), mean_update.reshape(-1)
+    kept = {
+        key: before["outer"].read(key)
+        for key in (f"{kind}/{name}" for kind in outer_kinds(config.outer))
+    }
+    values_N = values.reshape(-1)
+    for part in stretches(values_N.size):
+        state = OuterState(round_number - 1, {key: kept[key].reshape(-1)[part] for key in kept})
+        new, stepped = config.outer.step({name: values_N[part]}, {name: mean_N[part]}, state)
+        values_N[part] = new[name]
+        for key, array in stepped.arrays.items():
+            kept[key].reshape(-1)[part] = array
+    for key, array in kept.items():
+        outer_file.write(key, array)
+    return values
+
+
+def _change_tensor(
+    name: str,
+    new: NDArray[np.float32],
+    replica: NDArray[np.float32],
+    round_number: int,
+    config: FederatedConfig,
+) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """Return what leads from the replica towards the new values, and the replica after it."""
+    codec = config.download
+    change = encode_tensor(name, new - replica, codec, seed=change_seed(round_number))
+    decoded = decode_tensor(name, change, replica.shape, codec)
+    return change, add_change({name: replica}, {name: decoded})[name]
 
 
 def change_seed(round_number: int) -> int:

@@ -31,7 +31,6 @@ from mutirao.federated.messages import (
 from mutirao.federated.parcel import COORDINATOR, Parcel
 from mutirao.federated.plan import Coordinator
 
-WholeFormat = Literal["fp32", "bf16"]
 Payloads = Mapping[str, NDArray[np.uint8]]
 _HALF = np.uint32(0xFFFF)
 
@@ -105,10 +104,8 @@ class Requests:
         is_whole = form == "whole" or not self.journal.state_path(number, "change").exists()
         ranks = sent_ranks(self.journal, number, whole=is_whole)
         if is_whole:
-            whole_format, file = write_whole(self.journal, number)
-            fields = StateFields(
-                form="whole", format=whole_format, state_sha256=wanted, ranks=ranks
-            )
+            file = write_whole(self.journal, number)
+            fields = StateFields(form="whole", state_sha256=wanted, ranks=ranks)
         else:
             file = self.journal.open_state(number, "change")
             before = self.journal.replica_sha256(number - 1)
@@ -116,8 +113,10 @@ class Requests:
         return fields, tensor_payloads({name: file.map_bytes(name) for name in file.names})
 
 
-def write_whole(journal: CoordinatorJournal, number: int) -> tuple[WholeFormat, StateFile]:
+def write_whole(journal: CoordinatorJournal, number: int) -> StateFile:
     """Write what the sites hold after a round as it travels whole; in bf16 if that loses nothing.
+
+    Which of the two it is, the header of each payload says.
 
     Raises:
         ArtifactError: the replica is damaged.
@@ -130,13 +129,13 @@ def write_whole(journal: CoordinatorJournal, number: int) -> tuple[WholeFormat, 
     path = journal.state_path(number, "whole")
     try:
         if StateFile(path).shapes == sizes:
-            return ("bf16" if is_half else "fp32"), StateFile(path)
+            return StateFile(path)
     except ArtifactError:
         pass  # not there yet, or cut: it is made from the replica
     with writing(path, sizes, "U8") as file:
         for name in replica.names:
             file.write(name, encode_tensor(name, replica.read(name), codec))
-    return ("bf16" if is_half else "fp32"), StateFile(path)
+    return StateFile(path)
 
 
 def _fits_bfloat16(values: NDArray[np.float32]) -> bool:

@@ -70,19 +70,30 @@ def run_rounds(
         The records of all rounds.
 
     Raises:
-        InputError: the plan is not sound, or there is no start.
+        InputError: the plan is not sound, there is no start, or another process runs it.
         FederationError: too few sites answered; finished rounds are kept.
         ArtifactError: the journal is damaged.
     """
     journal = CoordinatorJournal(coordinator.work)
     if _is_finished(journal, coordinator):
         return journal.records()
+    with journal.locked():
+        return _run_locked(coordinator, network, journal, on_event or _ignore, clock)
+
+
+def _run_locked(
+    coordinator: Coordinator,
+    network: Network,
+    journal: CoordinatorJournal,
+    on_event: Callable[[Event], None],
+    clock: Callable[[], float],
+) -> list[RoundRecord]:
     journal.write_status("running")
     try:
         check_plan(coordinator.plan, len(coordinator.sites))
         check_low_rank(coordinator.plan.federated)
         _check_journal(journal)
-        _Run(coordinator, network, journal, on_event or _ignore, clock).run()
+        _Run(coordinator, network, journal, on_event, clock).run()
     except MutiraoError as error:
         journal.write_status("failed", str(error))
         raise

@@ -28,7 +28,11 @@ from mutirao.artifact import write_atomic
 from mutirao.config import load_json
 from mutirao.environment import child_environment
 from mutirao.errors import FederationError, InputError, PortInUseError
-from mutirao.federated.coordinator.journal import CoordinatorJournal, RoundRecord
+from mutirao.federated.coordinator.journal import (
+    COORDINATOR_NAME,
+    CoordinatorJournal,
+    RoundRecord,
+)
 from mutirao.federated.flower.certificates import Certificates
 from mutirao.federated.flower.connection import (
     COORDINATOR_VARIABLE,
@@ -44,7 +48,7 @@ from mutirao.federated.flower.processes import (
 )
 from mutirao.federated.identity import open_identity, public_hex
 from mutirao.federated.plan import Coordinator, Plan, Site
-from mutirao.federated.simulation import COORDINATOR_NAME, RUN_ID_BYTES, introduce
+from mutirao.federated.simulation import introduce
 from mutirao.federated.site.journal import SiteJournal
 
 if TYPE_CHECKING:
@@ -169,7 +173,7 @@ def open_coordinator(plan: Plan, sites: dict[str, str], work: Path) -> Coordinat
                 f"{work} to train anew"
             )
         return kept.model_copy(update={"work": work})
-    run_id = secrets.token_hex(RUN_ID_BYTES)
+    run_id = secrets.token_hex(32)
     made = Coordinator(plan=plan, sites=sites, work=work, run_id=run_id)
     write_atomic(path, made.model_dump_json(indent=1))
     return made

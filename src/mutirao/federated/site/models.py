@@ -37,6 +37,7 @@ from mutirao.formats.huggingface import load_causal_lm
 from mutirao.train.packed import TokenIds, check_vocabulary, read_packed
 from mutirao.train.private import group_units
 from mutirao.tune.lora import adapter_state, attach_lora, frozen_sha256
+from mutirao.tune.qlora import quantize_base
 
 T = TypeVar("T")
 MAX_SILOS = 8
@@ -259,6 +260,8 @@ def _load(site: Site, plan: Plan) -> LoadedModel:
                 f"site {site.name} makes another frozen part of the adapter from seed "
                 f"{plan.seed} than the coordinator; install the same version of PyTorch"
             )
+        if plan.lora.quantize_base:
+            quantize_base(model)
     else:
         model.requires_grad_(True)
     if torch.cuda.is_available() and plan.federated.privacy is None:

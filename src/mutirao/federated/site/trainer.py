@@ -49,11 +49,16 @@ class LocalTrainer:
         cache: where model and examples are kept; None for a cache of its own.
 
     Raises:
-        FederationError: the site has another model than the federation.
+        FederationError: the site has another model than the federation, or asks for what is not
+            built.
         ArtifactError: the site's model or data was altered.
     """
 
     def __init__(self, site: Site, plan: Plan, cache: ModelCache | None = None) -> None:
+        if site.num_processes != 1:
+            raise FederationError(
+                f"num_processes={site.num_processes} is not supported yet (expected 1)"
+            )
         cache = cache or ModelCache()
         self.site, self.plan = site, plan
         self.loaded = cache.model(site, plan)

@@ -160,7 +160,7 @@ def read_evidence(
         public_key=found.public_key,
         key_source=source,
         head_sha256=records[-1].sha256 if records else None,
-        code_versions=_unique(record.code_version for record in records),
+        code_versions=_unique(printable(record.code_version) for record in records),
         runs=tuple(
             _run(run, [record for record in releases if _entry(record).run == run])
             for run in dict.fromkeys(_entry(record).run for record in releases)
@@ -205,7 +205,7 @@ def _run(run: str, records: Sequence[AuditRecord]) -> RunEvidence:
         for each in releases
     )
     return RunEvidence(
-        run=run,
+        run=printable(run),
         first_time=records[0].time,
         last_time=records[-1].time,
         recipes=_unique(each.recipe_sha256 for each in releases),

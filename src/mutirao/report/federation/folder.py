@@ -6,8 +6,8 @@ number of trained values from the header of a kept state. What is not there is n
 
 Beside the bytes stands what synchronous data parallel training would have moved: in each
 optimizer step each site sends the gradient of every trained value and receives their mean, both
-in bfloat16, so 2 bytes a value each way. That is the least: how a cluster adds gradients up (a
-ring, a tree) is left out, and so are what a transport adds and answers that were not counted.
+in bfloat16, so 2 bytes a value each way. What a ring or a tree of machines adds to that is left
+out, on the other side what a transport adds, and answers that were refused.
 """
 
 from __future__ import annotations
@@ -21,12 +21,16 @@ from typing import Any
 
 from mutirao.config import load_json
 from mutirao.errors import ArtifactError, InputError
-from mutirao.federated.coordinator.journal import CoordinatorJournal, RoundRecord, SiteRound
+from mutirao.federated.coordinator.journal import (
+    COORDINATOR_NAME,
+    CoordinatorJournal,
+    RoundRecord,
+    SiteRound,
+)
 from mutirao.federated.plan import Coordinator, Plan
 from mutirao.report.federation.measures import Measures, read_measures
 from mutirao.report.summary import to_plain
 
-COORDINATOR_NAME = "coordinator.json"
 BYTES_PER_VALUE = 2
 """Of bfloat16."""
 

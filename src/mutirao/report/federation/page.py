@@ -20,10 +20,11 @@ from mutirao import __version__
 from mutirao.artifact import write_atomic
 from mutirao.console import format_bytes, format_duration
 from mutirao.evaluate.losses import Difference
+from mutirao.federated.coordinator.measures import GLOBAL
 from mutirao.report import wording
 from mutirao.report.federation.curves import draw_figures
 from mutirao.report.federation.folder import FederationSummary, Traffic, read_federation
-from mutirao.report.federation.measures import GLOBAL, Matrix, Measures
+from mutirao.report.federation.measures import Matrix, Measures
 from mutirao.report.page import PAGE_NAME, Tile, heat, make_environment
 
 MAX_REFUSALS = 200

@@ -92,7 +92,9 @@ def shadow_statistics(num_shadows=16, num_records=400, seed=0):
     """Records differ far more in difficulty than by whether they were learned."""
     rng = np.random.default_rng(seed)
     difficulty = rng.normal(0.0, 5.0, num_records)
-    is_in = rng.integers(0, 2, (num_shadows + 1, num_records)).astype(bool)
+    half = np.arange(num_shadows)[:, None] < num_shadows // 2
+    shadows = rng.permuted(np.broadcast_to(half, (num_shadows, num_records)), axis=0)
+    is_in = np.concatenate([rng.integers(0, 2, (1, num_records)).astype(bool), shadows])
     statistics = difficulty + is_in + 0.5 * rng.normal(size=is_in.shape)
     return statistics[0], statistics[1:], is_in[1:], is_in[0]
 

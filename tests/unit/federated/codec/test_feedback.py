@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mutirao.federated.journal import read_arrays, write_arrays
 
 from mutirao.errors import InputError, UpdateError
 from mutirao.federated.codec import (
@@ -12,7 +13,6 @@ from mutirao.federated.codec import (
     encode_with_feedback,
     start_residuals,
 )
-from mutirao.federated.journal import read_arrays, write_arrays
 
 SHAPES = {"a": (30, 7), "b": (50,)}
 

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from mutirao.errors import ArtifactError
+from mutirao.errors import ArtifactError, InputError
 from mutirao.federated.aggregation.outer import FedAdam, FedAvg
 from mutirao.federated.arrays import read_arrays, write_arrays
 from mutirao.federated.coordinator.journal import CoordinatorJournal, RoundRecord, hash_state
@@ -84,3 +84,12 @@ def test_a_cut_cohort_counts_as_none(tmp_path, content):
     assert journal.read_cohort(1) == ["a", "b"]
     (journal.round_folder(1) / "cohort.json").write_text(content)
     assert journal.read_cohort(1) is None
+
+
+def test_a_folder_has_one_coordinator_at_a_time(tmp_path):
+    with CoordinatorJournal(tmp_path).locked():
+        other = CoordinatorJournal(tmp_path)
+        with pytest.raises(InputError, match="another process runs the rounds"), other.locked():
+            pass
+    with CoordinatorJournal(tmp_path).locked():
+        pass

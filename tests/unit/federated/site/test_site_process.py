@@ -20,9 +20,7 @@ HELLO = Parcel("hello", RUN, 0, COORDINATOR)
 @pytest.fixture
 def worker(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    made = WorkerProcess(
-        Site(name="north", model=tmp_path, data=tmp_path, work=tmp_path / "work")
-    )
+    made = WorkerProcess(Site(name="north", model=tmp_path, data=tmp_path, work=tmp_path / "work"))
     yield made
     made.close()
 
@@ -56,7 +54,7 @@ def test_it_gives_up_after_three_deaths(worker, monkeypatch, tmp_path):
     dying.chmod(0o755)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "executable", str(dying))
-    with pytest.raises(FederationError, match="died 3 times over one request .*exit code 7"):
+    with pytest.raises(FederationError, match=r"died 3 times over one request .*exit code 7"):
         worker.answer(HELLO.to_bytes())
     assert (tmp_path / "started").read_text().count("x") == MAX_DEATHS
 

@@ -205,6 +205,7 @@ def test_terms_that_are_not_the_plan_s_are_refused(world, changes, words):
 def test_a_step_without_an_update_and_terms_that_are_missing_are_refused(world):
     told = refused(world.workers["north"].answer(world.step("share_keys", b"x")))
     assert "no masked update" in told.sentence
-    assert "without its terms" in refused(
-        world.workers["north"].answer(world.coordinator.whole(1))
-    ).sentence
+    assert (
+        "without its terms"
+        in refused(world.workers["north"].answer(world.coordinator.whole(1))).sentence
+    )

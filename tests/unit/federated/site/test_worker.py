@@ -195,8 +195,9 @@ def test_an_unexpected_error_tells_fixed_words_alone(site, coordinator, monkeypa
 
 
 def test_an_unsound_plan_is_refused(site, coordinator):
-    federated = FEDERATED.model_copy(update={"aggregation": "median", "upload": CodecConfig(
-        keep_one_in=4)})
+    federated = FEDERATED.model_copy(
+        update={"aggregation": "median", "upload": CodecConfig(keep_one_in=4)}
+    )
     told = refusal_of(SiteWorker(site).answer(coordinator.whole(1, federated=federated)))
     assert "not sound" in told.sentence
 
@@ -318,8 +319,9 @@ def test_many_sites_share_one_model_without_mixing(tmp_path, model, coordinator,
     silos = [make_silo(tmp_path / f"silo{i}", seed=i) for i in range(2)]
     cache = ModelCache()
     shared = [
-        SiteWorker(make_site(tmp_path / "shared", model, silos[i], name=f"s{i}"),
-                   public_models=cache)
+        SiteWorker(
+            make_site(tmp_path / "shared", model, silos[i], name=f"s{i}"), public_models=cache
+        )
         for i in range(2)
     ]
     together = [worker.answer(coordinator.whole(1)).payloads for worker in shared]

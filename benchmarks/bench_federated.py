@@ -1,0 +1,210 @@
+"""Federated training beside synchronous data parallel: perplexity, bytes, and time by a model.
+
+Runs what ``pretraining`` describes, seed by seed, and goes on where it was interrupted; then puts
+beside it what the other federated benchmarks wrote, into one JSON and one chart.
+
+    make bench-federated ARGS="--seeds 3"
+
+``bench_aggregator.py`` (memory, bytes and recovery beside plain Flower and NVFlare) and
+``bench_privacy.py`` (attacks) have targets of their own, since they take machine and time of
+another kind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import statistics
+import sys
+import time
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pretraining
+import torch
+from heart_disease import ROOT
+from pretraining import DATA, SITES, Setup, mean_loss
+
+from mutirao.artifact import write_atomic
+from mutirao.environment import runs_directory, silence
+from mutirao.federated.aggregation.low_rank_comparison import compare_rules
+
+PARTS = {"aggregator": "aggregator.json", "privacy": "privacy.json"}
+GIGABITS = (1, 10)
+FEDERATED = ("bf16", "int8", "int4")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--run", type=Path, default=runs_directory() / "bench-federated")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--codec-seeds", type=int, default=3, help="seeds of int8 and int4")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=ROOT / "docs/benchmarks/data/federated.json")
+    parser.add_argument("--chart", type=Path, default=ROOT / "docs/benchmarks/federated.svg")
+    for field in fields(Setup):
+        parser.add_argument(
+            f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default
+        )
+    parser.add_argument("--outer-rate", type=float, default=0.7)
+    parser.add_argument("--outer-momentum", type=float, default=0.9)
+    arguments = parser.parse_args()
+    if not DATA.is_dir():
+        print(f"{DATA} is not there; name it in MUTIRAO_TEST_DATA")
+        return 2
+    silence()
+    torch.set_num_threads(arguments.threads)
+    setup = Setup(**{field.name: getattr(arguments, field.name) for field in fields(Setup)})
+    outer = {
+        "rule": "nesterov",
+        "learning_rate": arguments.outer_rate,
+        "momentum": arguments.outer_momentum,
+    }
+    pretraining.prepare(arguments.run, setup)
+    for label, seed in pretraining.rows(arguments.seeds):
+        if label in ("int8", "int4") and seed >= arguments.codec_seeds:
+            continue
+        run_row(arguments.run, setup, outer, label, seed)
+        write(arguments, setup, outer)
+    write(arguments, setup, outer)
+    return 0
+
+
+def run_row(folder: Path, setup: Setup, outer: dict[str, Any], label: str, seed: int) -> None:
+    """Run one row, unless its result is there."""
+    path = folder / "results" / f"{label}-{seed}.json"
+    if path.exists():
+        return
+    started = time.monotonic()
+    if label == "synchronous":
+        result = pretraining.synchronous(folder, setup, seed)
+    else:
+        settings = {"outer": outer, **pretraining.codec_settings(label)}
+        result = pretraining.federated(folder, folder / f"{label}-{seed}", setup, seed, settings)
+    result |= {"label": label, "seed": seed, "seconds": time.monotonic() - started}
+    write_atomic(path, json.dumps(result, indent=1))
+    print(f"{label} seed {seed}: perplexity {math.exp(mean_loss(result['curve'][-1])):.3f}")
+
+
+def summarise(folder: Path, setup: Setup) -> dict[str, Any]:
+    """Return the table: perplexities with ratios to the synchronous run of the same seed, bytes."""
+    results = [json.loads(path.read_bytes()) for path in sorted(folder.glob("results/*.json"))]
+    by_row = {(each["label"], each["seed"]): each for each in results}
+    synchronous = {seed: each for (label, seed), each in by_row.items() if label == "synchronous"}
+    table: dict[str, Any] = {}
+    for label in ("synchronous", *FEDERATED):
+        chosen = {seed: each for (name, seed), each in by_row.items() if name == label}
+        if not chosen:
+            continue
+        losses = {seed: mean_loss(each["curve"][-1]) for seed, each in chosen.items()}
+        row: dict[str, Any] = {
+            "perplexity": {seed: math.exp(loss) for seed, loss in losses.items()},
+            "mean_perplexity": statistics.fmean(math.exp(loss) for loss in losses.values()),
+        }
+        for other, others in (("synchronous", synchronous), ("bf16", _of(by_row, "bf16"))):
+            ratios = [
+                math.exp(losses[seed] - mean_loss(others[seed]["curve"][-1]))
+                for seed in losses
+                if seed in others
+            ]
+            if label != other and ratios:
+                row[f"ratio_to_{other}"] = {
+                    "mean": statistics.fmean(ratios),
+                    "spread": [min(ratios), max(ratios)],
+                }
+        if label != "synchronous":
+            row |= _bytes(next(iter(chosen.values())), setup)
+        table[label] = row
+    return table
+
+
+def _of(rows: dict[tuple[str, int], Any], label: str) -> dict[int, Any]:
+    return {seed: each for (name, seed), each in rows.items() if name == label}
+
+
+def _bytes(result: dict[str, Any], setup: Setup) -> dict[str, Any]:
+    """Compare a site's bytes in a round with those of as many synchronous steps in bfloat16."""
+    round_bytes = result["bytes_per_round_up"] + result["bytes_per_round_down"]
+    step_bytes = 2 * 2 * result["num_parameters"]
+    return {
+        "bytes_per_round_up": result["bytes_per_round_up"],
+        "bytes_per_round_down": result["bytes_per_round_down"],
+        "bytes_first_state": result["bytes_first_state"],
+        "times_fewer_bytes": setup.steps * step_bytes / round_bytes,
+    }
+
+
+def wall_times(folder: Path, setup: Setup, table: dict[str, Any]) -> dict[str, Any]:
+    """Return modelled seconds of the whole training on as many machines as sites.
+
+    A step takes what the synchronous run's step took in processor time, divided by the sites;
+    a message takes its bytes over the bandwidth, up and down after one another, nothing overlaps,
+    and latency is left out.
+    """
+    paths = sorted(folder.glob("results/synchronous-*.json"))
+    if not paths:
+        return {}
+    result = json.loads(paths[0].read_bytes())
+    num_steps = setup.rounds * setup.steps
+    step_s = result["cpu_seconds"] / num_steps / len(SITES)
+    times: dict[str, Any] = {"step_s": step_s}
+    for gigabits in GIGABITS:
+        per_s = gigabits * 1e9 / 8
+        synchronous = num_steps * (step_s + 4 * result["num_parameters"] / per_s)
+        rows = {"synchronous": synchronous}
+        for label in FEDERATED:
+            if label in table:
+                moved = table[label]["bytes_per_round_up"] + table[label]["bytes_per_round_down"]
+                rows[label] = num_steps * step_s + setup.rounds * moved / per_s
+        times[f"{gigabits} Gbit/s"] = rows
+    return times
+
+
+def low_rank() -> dict[str, Any]:
+    """Return the error of each rule for adapters of four sites, with factors made up at random."""
+    generator = np.random.default_rng(0)
+    ranks, sizes = (16, 16, 16, 16), (576, 576)
+    factors = {
+        f"site{index}": (
+            generator.normal(size=(sizes[0], rank)).astype(np.float32),
+            generator.normal(size=(rank, sizes[1])).astype(np.float32),
+        )
+        for index, rank in enumerate(ranks)
+    }
+    try:
+        compared = compare_rules(factors, dict.fromkeys(factors, 1.0))
+    except TypeError as error:
+        return {"error": str(error)}
+    return {
+        "synthetic_factors": True,
+        "ranks": ranks,
+        "sizes": sizes,
+        "rules": {str(rule): each for rule, each in compared.items()},
+    }
+
+
+def write(arguments: argparse.Namespace, setup: Setup, outer: dict[str, Any]) -> None:
+    """Write the JSON and the chart of what there is so far."""
+    table = summarise(arguments.run, setup)
+    document = {
+        "command": "make bench-federated",
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{platform.machine()}, {arguments.threads} threads",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "setup": {**asdict(setup), "outer": outer, "sites": SITES},
+        "pretraining": table,
+        "wall_time_s": wall_times(arguments.run, setup, table),
+    }
+    for part, name in PARTS.items():
+        path = arguments.out.parent / name
+        document[part] = json.loads(path.read_bytes()) if path.exists() else None
+    write_atomic(arguments.out, json.dumps(document, indent=1, default=str) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

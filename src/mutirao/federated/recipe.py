@@ -1,0 +1,229 @@
+"""A federation's recipe, and what is made of it before the first round.
+
+One TOML file at the coordinator says what is trained, by whom, and where it is kept. From it
+come the plan, which is made once and kept with the work, and what a run will cost: bytes both
+ways in each round and, under differential privacy, ε. A site needs no recipe.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pydantic import Field, field_validator
+
+from mutirao.artifact import MANIFEST_NAME, write_artifact, write_atomic
+from mutirao.config import Config, load_json
+from mutirao.data.config import DataConfig
+from mutirao.errors import InputError, RecipeError
+from mutirao.federated.codec import count_bytes
+from mutirao.federated.codec.config import CodecConfig
+from mutirao.federated.coordinator.journal import CoordinatorJournal
+from mutirao.federated.plan import PUBLIC_KEY, SITE_NAME, FederatedConfig, Plan, Site
+from mutirao.train.config import TrainConfig
+from mutirao.tune.config import LoRAConfig
+
+PLAN_NAME = "plan.json"
+
+
+class FederationRecipe(Config):
+    """What is trained, by whom, and where it is kept."""
+
+    model: Path
+    """The base model: an artifact of kind 'model', or a Hugging Face directory, of which one is
+    made. Every site needs the same artifact."""
+    sites: dict[str, str] = Field(min_length=1)
+    """By name: the site's public key, or for a simulation its data, an artifact of kind 'data'
+    or a folder of text."""
+    work: Path
+    """Where journal, plan and logs are kept."""
+    federated: FederatedConfig = FederatedConfig()
+    """Rounds and aggregation."""
+    full_weights: bool = False
+    """Train all weights in place of an adapter."""
+    lora: LoRAConfig = LoRAConfig()
+    """The adapter that is trained, unless all weights are."""
+    train: TrainConfig = TrainConfig()
+    """Training at each site."""
+    data: DataConfig = DataConfig()
+    """Preparation of folders of text, in a simulation."""
+    seed: int = 0
+    """Seed of everything that is drawn."""
+    address: str = "127.0.0.1"
+    """Host name or IP address under which sites reach the coordinator."""
+    port: int = Field(default=9_092, ge=1, le=65_535)
+    """Port of the coordinator."""
+    certificates: Path | None = None
+    """Folder of the coordinator's certificates; null for a trial on one machine."""
+
+    @field_validator("sites")
+    @classmethod
+    def _check_sites(cls, sites: dict[str, str]) -> dict[str, str]:
+        for name in sites:
+            if not SITE_NAME.fullmatch(name):
+                raise ValueError(
+                    f"{name!r} is not a site name (at most 64 letters, digits, dots, dashes and "
+                    "underscores)"
+                )
+        return sites
+
+    @property
+    def coordinator_folder(self) -> Path:
+        """The coordinator's journal and key."""
+        return self.work / "coordinator"
+
+    def public_keys(self) -> dict[str, str]:
+        """Return each site's public key.
+
+        Raises:
+            RecipeError: a site has something else.
+        """
+        for name, key in self.sites.items():
+            if not PUBLIC_KEY.fullmatch(key):
+                raise RecipeError(
+                    f"sites.{name}={key!r} is not a public key (expected 64 hexadecimal digits, "
+                    "which `mutirao federate keys` prints at the site)"
+                )
+        return dict(self.sites)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run will cost, before it starts."""
+
+    plan_sha256: str
+    """Hash of the plan, for the sites' policies."""
+    num_values: int
+    """Trained values."""
+    num_sites: int
+    """Sites."""
+    num_rounds: int
+    """Rounds."""
+    upload_bytes: int
+    """Payloads of one site's update, in bytes; under secure aggregation at least so many."""
+    download_bytes: int
+    """Payloads of the change that one site gets in a round, in bytes."""
+    first_download_bytes: int
+    """Payloads of the first state, in bytes."""
+    epsilon: float | None
+    """Spent at each site by the end of the run; None without differential privacy."""
+    delta: float | None
+    """The δ of that."""
+
+    def to_json(self) -> dict[str, object]:
+        """Return all fields."""
+        return asdict(self)
+
+
+def open_plan(recipe: FederationRecipe) -> Plan:
+    """Return the recipe's plan, made on first use with the start of training.
+
+    Raises:
+        InputError: the work folder belongs to another recipe.
+        FormatError: the model is of a kind that is not supported.
+    """
+    from mutirao.federated.coordinator.adapter import write_start_apart
+
+    lora = None if recipe.full_weights else recipe.lora
+    agreed = (recipe.federated, lora, recipe.train, recipe.seed)
+    path = recipe.work / PLAN_NAME
+    if path.exists() and CoordinatorJournal(recipe.coordinator_folder).has_start():
+        kept = load_json(Plan, path)
+        if (kept.federated, kept.lora, kept.train, kept.seed) != agreed:
+            raise InputError(
+                f"{recipe.work} belongs to a run with other settings; name another work folder, "
+                "or remove it to train anew"
+            )
+        return kept
+    model = open_model(recipe.model, recipe.work)
+    plan = write_start_apart(
+        model, recipe.coordinator_folder, recipe.federated, lora, recipe.train, recipe.seed
+    )
+    write_atomic(path, plan.model_dump_json(indent=1))
+    return plan
+
+
+def open_model(model: Path, work: Path) -> Path:
+    """Return the model's artifact: the folder itself, or one made in the work folder."""
+    model = model.expanduser().resolve()
+    if (model / MANIFEST_NAME).exists():
+        return model
+    import torch
+
+    from mutirao.formats.huggingface import check_model_directory, load_causal_lm, save_causal_lm
+
+    made = work / "model"
+    if not (made / MANIFEST_NAME).exists():
+        check_model_directory(model)
+        loaded, tokenizer = load_causal_lm(model)
+        with write_artifact(made, "model") as writer:
+            save_causal_lm(loaded.to(torch.bfloat16), tokenizer, writer.path)
+    return made
+
+
+def open_data(name: str, data: Path, work: Path, config: DataConfig) -> Path:
+    """Return a site's data artifact: the folder itself, or one prepared from its text."""
+    data = data.expanduser().resolve()
+    if (data / MANIFEST_NAME).exists():
+        return data
+    from mutirao.data.prepare import prepare_silo
+
+    made = work / "data" / name
+    if not (made / MANIFEST_NAME).exists():
+        prepare_silo(name, data, made, config)
+    return made
+
+
+def simulated_sites(recipe: FederationRecipe) -> list[Site]:
+    """Return the sites of a simulation, with their data prepared.
+
+    Raises:
+        RecipeError: a site has no folder.
+    """
+    model = open_model(recipe.model, recipe.work)
+    sites = []
+    for name, folder in sorted(recipe.sites.items()):
+        if not Path(folder).expanduser().is_dir():
+            raise RecipeError(f"sites.{name}={folder!r} is not a folder, which a simulation needs")
+        data = open_data(name, Path(folder), recipe.work, recipe.data)
+        work = recipe.work.resolve() / "sites" / name
+        sites.append(Site(name=name, model=model, data=data, work=work))
+    return sites
+
+
+def estimate(recipe: FederationRecipe, plan: Plan) -> Estimate:
+    """Return what a run will cost."""
+    shapes = CoordinatorJournal(recipe.coordinator_folder).open_state(0, "global").shapes
+    federated, whole = plan.federated, CodecConfig(format="fp32")
+    upload = count_bytes(shapes, federated.upload)
+    num_values = sum(math.prod(shape) for shape in shapes.values())
+    if (secure := federated.secure) is not None:
+        upload = num_values * (secure.value_bits + len(recipe.sites).bit_length()) // 8
+    epsilon, delta = _privacy(plan)
+    return Estimate(
+        plan_sha256=plan.sha256,
+        num_values=num_values,
+        num_sites=len(recipe.sites),
+        num_rounds=federated.num_rounds,
+        upload_bytes=upload,
+        download_bytes=count_bytes(shapes, federated.download),
+        first_download_bytes=count_bytes(shapes, whole),
+        epsilon=epsilon,
+        delta=delta,
+    )
+
+
+def _privacy(plan: Plan) -> tuple[float | None, float | None]:
+    """Return ε and δ of a whole run."""
+    from mutirao.train.accountant import Phase, epsilon_spent
+
+    if (privacy := plan.federated.privacy) is None:
+        return None, None
+    training = privacy.training
+    phase = Phase(
+        sampling_probability=training.sampling_probability,
+        noise_multiplier=training.noise_multiplier,
+        num_steps=plan.federated.num_rounds * privacy.steps_per_round,
+    )
+    return epsilon_spent([phase], privacy.delta), privacy.delta
