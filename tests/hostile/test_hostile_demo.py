@@ -30,7 +30,7 @@ from mutirao.config import load_recipe
 from mutirao.demo.recipe import DemoRecipe
 from mutirao.demo.road import Road, load_plan
 from mutirao.errors import ArtifactError
-from mutirao.federated.journal import CoordinatorJournal, RoundRecord
+from mutirao.federated.coordinator.journal import CoordinatorJournal, RoundRecord
 
 pytestmark = pytest.mark.timeout(600)
 

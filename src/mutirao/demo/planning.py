@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from pydantic import JsonValue
 
 from mutirao.artifact import read_manifest, write_atomic
-from mutirao.federated.journal import CoordinatorJournal
+from mutirao.federated.coordinator.journal import CoordinatorJournal
 from mutirao.federated.plan import Plan
 
 if TYPE_CHECKING:

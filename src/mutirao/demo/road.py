@@ -312,7 +312,7 @@ def _alone_step(road: Road, name: str) -> Step:
     parents = (road.run / "model", road.run / "data" / name, road.run / "federated")
 
     def make() -> None:
-        from mutirao.federated.site import train_alone
+        from mutirao.federated.site.trainer import train_alone
 
         with step_progress() as progress:
             task = progress.add_task(f"{name} alone, tokens", total=None)

@@ -15,8 +15,8 @@ from pydantic import Field, field_validator, model_validator
 
 from mutirao.artifact import canonical_json
 from mutirao.config import Config
-from mutirao.federated.codec.config import CodecConfig
 from mutirao.federated.aggregation.outer import FedAdam, FedAvg, FedMom, Nesterov
+from mutirao.federated.codec.config import CodecConfig
 from mutirao.train.config import PrivateConfig, TrainConfig
 from mutirao.tune.config import LoRAConfig
 

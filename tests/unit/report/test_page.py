@@ -134,6 +134,13 @@ def test_barely_started_run_gives_a_page(tmp_path: Path) -> None:
     assert "the base model (model)" in page.text
 
 
+def test_losses_that_are_not_told_do_not_stop_the_page(tmp_path: Path) -> None:
+    run = write_synthetic_run(tmp_path / "run", until="federated")
+    path = run / "federated" / "rounds.json"
+    path.write_text(re.sub(r'"train_loss": [0-9.]+', '"train_loss": null', path.read_text()))
+    assert "not told" in Page(render_page(summarize(run))).text
+
+
 def test_no_run_writes_nothing(tmp_path: Path) -> None:
     with pytest.raises(InputError):
         write_report(tmp_path)

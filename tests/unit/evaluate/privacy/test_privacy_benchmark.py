@@ -1,4 +1,4 @@
-"""The privacy benchmark at its smallest: it runs, goes on where it stopped, and its controls hold."""
+"""The privacy benchmark at its smallest: it goes on where it stopped, and its controls hold."""
 
 import json
 import sys

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mutirao.federated.journal import read_arrays, write_arrays
 
 from mutirao.errors import InputError, UpdateError
+from mutirao.federated.arrays import read_arrays, write_arrays
 from mutirao.federated.codec import (
     CodecConfig,
     decode_tensors,

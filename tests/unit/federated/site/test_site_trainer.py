@@ -1,0 +1,49 @@
+"""Training alone goes on from the site's own first round, and comes to the same."""
+
+import pytest
+from safetensors.numpy import load_file
+from tiny_sites import TinyCoordinator, make_model, make_plan, make_silo, make_site
+
+from mutirao.errors import FederationError
+from mutirao.federated.site import trainer as trainer_module
+from mutirao.federated.site.trainer import LocalTrainer, train_alone
+from mutirao.federated.site.worker import SiteWorker
+
+
+@pytest.fixture
+def world(tmp_path, tiny_model_directory):
+    model = make_model(tiny_model_directory, tmp_path / "model")
+    plan, start = make_plan(model)
+    silo = make_silo(tmp_path / "silo")
+    return model, silo, TinyCoordinator(tmp_path / "coordinator", plan, start)
+
+
+def test_alone_begins_with_the_kept_first_round(world, tmp_path, monkeypatch):
+    model, silo, coordinator = world
+    fresh, kept = make_site(tmp_path, model, silo, "a"), make_site(tmp_path, model, silo, "b")
+    told = []
+    train_alone(fresh, coordinator.plan, tmp_path / "one", on_tokens=lambda *t: told.append(t))
+    assert told[-1][0] >= told[-1][1] == 360
+    SiteWorker(kept).answer(coordinator.whole(1))
+    rounds = []
+    train = LocalTrainer.train_round
+
+    def spy(self, number, *arguments):
+        rounds.append(number)
+        return train(self, number, *arguments)
+
+    monkeypatch.setattr(trainer_module.LocalTrainer, "train_round", spy)
+    train_alone(kept, coordinator.plan, tmp_path / "two")
+    assert rounds == [2, 3]
+    one, two = (load_file(tmp_path / f / "adapter_model.safetensors") for f in ("one", "two"))
+    assert one.keys() == two.keys()
+    assert all((one[name] == two[name]).all() for name in one)
+
+
+def test_what_is_not_built_is_refused(world, tmp_path):
+    model, silo, coordinator = world
+    with pytest.raises(FederationError, match="num_processes=2 is not supported"):
+        LocalTrainer(make_site(tmp_path, model, silo, num_processes=2), coordinator.plan)
+    with pytest.raises(FederationError, match=r"plan\.lora is null"):
+        full = coordinator.plan.model_copy(update={"lora": None})
+        train_alone(make_site(tmp_path, model, silo), full, tmp_path / "out")
