@@ -28,6 +28,7 @@ from aggregator_task import Task, count_parameters, read_answers
 from inference.machine import CPUTimes
 
 from mutirao.environment import child_environment
+from mutirao.federated.flower.processes import end_with_parent
 
 HERE = Path(__file__).parent
 LIMIT_S = 540.0
@@ -195,7 +196,12 @@ class Run:
         )
         with (self.folder / log).open("ab") as file:
             return subprocess.Popen(
-                command, env=environment, stdout=file, stderr=file, stdin=subprocess.DEVNULL
+                command,
+                env=environment,
+                stdout=file,
+                stderr=file,
+                stdin=subprocess.DEVNULL,
+                preexec_fn=end_with_parent,
             )
 
 
@@ -230,6 +236,8 @@ def _loopback() -> int | None:
 def main(path: str, nvflare: str) -> int:
     if os.environ.get("MUTIRAO_BENCH_NAMESPACE") == "1":
         subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+    end_with_parent()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # ends what it has started
     task = Task.read(path)
     record = Run(task, nvflare).measure()
     print(json.dumps(record | {"num_parameters": count_parameters(task.size)}))

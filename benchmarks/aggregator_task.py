@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 VOCABULARY = 32_768
 SIZES = {
     "0.1M": (64, 2, 128),
-    "4M": (96, 8, VOCABULARY),
+    "4M": (128, 1, VOCABULARY),
     "16M": (384, 2, VOCABULARY),
     "64M": (640, 9, VOCABULARY),
     "256M": (1024, 18, VOCABULARY),

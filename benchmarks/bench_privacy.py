@@ -3,9 +3,10 @@
 A decoder of a million parameters, trained on public health text, is tuned by four sites on
 answers of four institutes (MedQuAD), which hold canaries. It is attacked from where the
 server, a peer and an outsider stand. Sites train plainly, with each unit's gradient clipped,
-or with DP-SGD at two noise levels; secure aggregation changes what is seen, not what is
-trained. A small stand-in for the federation trains in one process. Writes
-docs/benchmarks/data/privacy.json and docs/benchmarks/privacy.svg, and prints a table.
+or with DP-SGD at two noise levels, about as many passes each; secure aggregation changes what
+is seen, not what is trained. Controls: four times as many plain passes, and none. A small
+stand-in for the federation trains in one process. Writes docs/benchmarks/data/privacy.json and
+docs/benchmarks/privacy.svg, and prints a table.
 
     python benchmarks/bench_privacy.py             (under 15 minutes on one core)
     python benchmarks/bench_privacy.py --short     (under a minute; its figures mean nothing)

@@ -158,7 +158,10 @@ def attack_models(
         ],
     )
     bound = audit_one_run(
-        np.concatenate(audit), coins, num_guesses=[len(coins) // 4, len(coins)], delta=DELTA
+        np.concatenate(audit),
+        coins,
+        num_guesses=[len(coins) // 4, len(coins) // 2, len(coins)],
+        delta=DELTA,
     )
     return {
         "exposure": [summary.model_dump() for summary in summarize_exposures(exposures)],
@@ -196,7 +199,7 @@ def attack_updates(
     for index, site in enumerate(sites):
         units = [(example,) for example in site.members[: sizes.attacked_records]]
         load(model, base)
-        if trained == "plain":
+        if trained in ("plain", "overfitted"):
             config = TrainConfig(learning_rate=sizes.learning_rate, warmup_tokens=0)
             records = [record for unit in units for record in unit]
             for seed in range(2):

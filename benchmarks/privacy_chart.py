@@ -12,6 +12,7 @@ from privacy_settings import CONDITIONS, POSITIONS, SITES
 
 COLOURS = {
     "untrained": "#9aa7b4",
+    "overfitted": "#5a1f5f",
     "plain": "#b8326a",
     "secure-aggregated": "#d9691e",
     "clipped": "#7a5cb0",
@@ -39,7 +40,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
             canaries.plot(counts, bits, "o-", color=colour, label=label_of(result, name))
             for place, position in enumerate(POSITIONS):
                 found = row["positions"][position]["membership"]
-                x = place + 0.12 * (CONDITIONS.index(name) - 2.5)
+                x = place + 0.12 * (CONDITIONS.index(name) - 3)
                 ends = [[found["auc"] - found["auc_low"]], [found["auc_high"] - found["auc"]]]
                 members.errorbar([x], [found["auc"]], ends, fmt="o", color=colour)
         canaries.set(title="canaries, seen by the server", ylabel="mean exposure, bits")

@@ -16,7 +16,11 @@ PUBLIC = ("mplus_health_topics", "seniorhealth")
 SITES = ("niddk", "ninds", "nhlbi", "cancergov")
 TEMPLATE = "The card of patient {label} has the number {secret}"
 EMBEDDING = "model.embed_tokens.weight"
-CONDITIONS = ("untrained", "plain", "secure-aggregated", "clipped", "dp-high", "dp-low")
+CONDITIONS = (
+    *("untrained", "overfitted", "plain", "secure-aggregated"),
+    *("clipped", "dp-high", "dp-low"),
+)
+"""The random control, the positive control, and what is compared."""
 POSITIONS = ("server", "peer", "outsider")
 DELTA = 1e-4
 FIXED_POINT = FixedPoint(clip=4.0, scale=2.0**20)
@@ -34,17 +38,18 @@ class Sizes:
     base_learning_rate: float = 3e-3
     max_tokens: int = 48
     num_members: int = 200
-    num_others: int = 250
+    num_others: int = 260
     num_each: int = 2
     repetitions: tuple[int, ...] = (0, 1, 4, 16)
     num_alternatives: int = 127
     num_audit: int = 40
     rounds: int = 3
-    epochs_per_round: int = 4
+    epochs_per_round: int = 1
+    overfitted_epochs_per_round: int = 4
     learning_rate: float = 3e-3
     private_learning_rate: float = 1e-3
     units_per_step: int = 30
-    private_steps: int = 15
+    private_steps: int = 8
     epsilons: tuple[float, float] = (8.0, 2.0)
     attacked_records: int = 8
     audited_runs: int = 500
@@ -64,6 +69,8 @@ SHORT = Sizes(
     num_alternatives=31,
     num_audit=8,
     rounds=1,
+    epochs_per_round=4,
+    overfitted_epochs_per_round=8,
     units_per_step=8,
     private_steps=4,
     attacked_records=4,

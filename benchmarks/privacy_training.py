@@ -68,10 +68,12 @@ def train_site(
     condition: str, model: nn.Module, units: Sequence[Sequence[Example]], sizes: Sizes, seed: int
 ) -> None:
     """One site's part of one round, in place."""
-    if condition == "plain":
+    if condition in ("plain", "overfitted"):
         examples, optimizer_state = [record for unit in units for record in unit], None
         config = TrainConfig(learning_rate=sizes.learning_rate, warmup_tokens=0)
-        for epoch in range(sizes.epochs_per_round):
+        is_plain = condition == "plain"
+        num_epochs = sizes.epochs_per_round if is_plain else sizes.overfitted_epochs_per_round
+        for epoch in range(num_epochs):
             result = train(
                 model,
                 examples,

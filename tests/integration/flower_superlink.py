@@ -11,6 +11,7 @@ from pathlib import Path
 from flwr.common.serde import run_from_proto
 from flwr.proto.runtime_pb2 import AcquireTaskRequest, PullTaskInputRequest
 from flwr.supercore.constant import TaskType
+from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
 from flwr.supercore.interceptors import (
     RuntimeVersionHttpInterceptor,
     SuperExecAuthHttpInterceptor,
@@ -33,6 +34,7 @@ class Link(Federation):
 
     def __enter__(self) -> Link:
         self.grids: list[HttpGrid] = []
+        self.senders: list[HeartbeatSender] = []
         self._executor.command = ["sleep", "600"]
         self._start_link()
         return self
@@ -40,6 +42,8 @@ class Link(Federation):
     def __exit__(self, *_: object) -> None:
         from mutirao.federated.flower.processes import stop
 
+        for sender in self.senders:
+            sender.stop()
         for grid in self.grids:
             grid.close()
         stop(self.children)
@@ -71,6 +75,9 @@ class Link(Federation):
         TaskIdentity.task_id, TaskIdentity.run_id = given.task_id, run_id
         TaskIdentity.node_id = given.context.node_id
         grid.set_run(run)
+        sender = HeartbeatSender(make_task_heartbeat_fn_http(grid._runtime_client))
+        sender.start()
+        self.senders.append(sender)
         self.grids.append(grid)
         return grid
 

@@ -1,20 +1,17 @@
-"""The update codec: what a site's update looks like on the wire.
+"""The update codec: what an update, or a change of the state, looks like on the wire.
 
-Two wire forms. **Version 1** (``vector``) is what runs send today: one vector in 8-bit codes,
-with a float32 scale for each 256 of them, as two arrays. **Version 2** (``tensors``) is a
-payload of bytes for each named tensor, in float32, bfloat16 or 8, 4 or 2 bits with a scale per
+A payload of bytes for each named tensor, in float32, bfloat16 or 8, 4 or 2 bits with a scale per
 block, dense or only the largest values with their places; with error feedback (``feedback``)
 what a round's rounding lost goes out with the next.
 
 ``config`` is the settings; ``layout`` says how many bytes there will be, before there are any;
-``rounding``, ``blocks`` and ``places`` are the arithmetic; ``shapes`` is what a receiver
-expects. A receiver knows format and shapes from the plan, so nothing that a stranger writes
-decides how much is read or allocated.
+``tensors`` encodes and decodes; ``rounding``, ``blocks`` and ``places`` are the arithmetic;
+``shapes`` is what a receiver expects. A receiver knows format and shapes from the plan, so
+nothing that a stranger writes decides how much is read or allocated.
 
-Wired into runs: version 1, between ``site`` and ``server_app``. Not wired yet: all of version
-2. Not here: entropy coding (every size is fixed in advance, which also keeps it from telling
+Not here: entropy coding (every size is fixed in advance, which also keeps it from telling
 anything of the content), and the integers with one step for all sites that secure aggregation
-needs.
+needs (``secure.fixed_point``).
 """
 
 from __future__ import annotations
@@ -35,18 +32,10 @@ from mutirao.federated.codec.tensors import (
     encode_tensor,
     encode_tensors,
 )
-from mutirao.federated.codec.vector import (
-    BLOCK_SIZE,
-    EncodedUpdate,
-    decode_update,
-    encode_update,
-)
 
 __all__ = [
-    "BLOCK_SIZE",
     "WIRE_VERSION",
     "CodecConfig",
-    "EncodedUpdate",
     "Payload",
     "Shapes",
     "Tensors",
@@ -56,10 +45,8 @@ __all__ = [
     "count_payload_bytes",
     "decode_tensor",
     "decode_tensors",
-    "decode_update",
     "encode_tensor",
     "encode_tensors",
-    "encode_update",
     "encode_with_feedback",
     "start_residuals",
 ]

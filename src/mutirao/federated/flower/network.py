@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import httpx
 from flwr.app import Message, MessageType, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
@@ -125,15 +126,25 @@ class FlowerNetwork:
     def _push(self, node_id: int, record: RecordDict, kind: str, round_number: int) -> str | None:
         message = Message(record, node_id, kind, ttl=self._ttl_s, group_id=str(round_number))
         self._num_sent += 1
-        ids = list(self.grid.push_messages([message]))
+        try:
+            ids = list(self.grid.push_messages([message]))
+        except httpx.HTTPStatusError as error:
+            _raise_unless_passing(error)
+            return None
         return ids[0] if ids and ids[0] else None
 
     def _fetch(self, message_id: str) -> Message | UpdateError | None:
-        """Return a reply if it is there; UpdateError where it cannot be put together."""
+        """Return a reply if it is there; UpdateError where it came and cannot be had.
+
+        Flower hands out a reply once: what fails after that is not there any more.
+        """
         try:
             messages = list(self.grid.pull_messages([message_id]))
         except MALFORMED as error:
             return UpdateError(f"its message is malformed ({type(error).__name__})")
+        except httpx.HTTPStatusError as error:
+            _raise_unless_passing(error)
+            return UpdateError("its message was lost in the SuperLink")
         return messages[0] if messages else None
 
     def _pull(self, site: str) -> Parcel | Lost | None:
@@ -160,7 +171,11 @@ class FlowerNetwork:
         """Notice nodes that came and went, greet, and read answers to greetings."""
         if time.monotonic() - self._looked_s < LOOK_S:
             return
-        present = {info.node_id: info.last_activated_at for info in self.grid.get_nodes()}
+        try:
+            present = {info.node_id: info.last_activated_at for info in self.grid.get_nodes()}
+        except httpx.HTTPStatusError as error:
+            _raise_unless_passing(error)
+            return
         for node_id in set(self._nodes) - set(present):
             self._forget(node_id)
         for node_id, activated_at in present.items():
@@ -217,6 +232,7 @@ class FlowerNetwork:
             return
         try:
             if isinstance(reply, UpdateError):
+                node.activated_at = ""  # greeted again at the next look
                 raise reply
             site, working_on = self._recognise(from_record(reply.content, max_bytes=0), node)
         except UpdateError as error:
@@ -251,6 +267,13 @@ class FlowerNetwork:
             return
         if asked.node_id != node_id or working_on != asked.sha256:
             self._settle(site, f"site {site} was started anew and does not know of the request")
+
+
+def _raise_unless_passing(error: httpx.HTTPStatusError) -> None:
+    """Raise what does not pass: the SuperLink no longer knows this run."""
+    if error.response.status_code < httpx.codes.INTERNAL_SERVER_ERROR:
+        raise error
+    logger.warning("the SuperLink failed: %s", error)
 
 
 def _reason(reply: Message) -> str:

@@ -26,6 +26,16 @@ from mutirao.federated.flower.connection import SECRET_HEADER, SECRET_VARIABLE
 
 MAX_BODY_BYTES = 32 * 1024 * 1024
 """Chunks are 5 MB; the largest other object is a parcel's header, 4 MiB at most."""
+PRAGMAS = (
+    ("busy_timeout", "120000"),  # milliseconds; Flower's 5 s end in 'database is locked' under load
+    ("journal_mode", "WAL"),
+    ("synchronous", "OFF"),  # the database is thrown away when the SuperLink starts
+    ("foreign_keys", "ON"),
+    ("cache_size", "-2000"),  # kB, for each of up to 15 connections; Flower's 64 MB are 1 GB
+    ("temp_store", "MEMORY"),
+    ("mmap_size", "0"),
+)
+"""SQLite's settings in place of Flower's."""
 _FOR_SITES = "/v1/fleet/"
 _CONTROL = "/v1/control/"
 
@@ -74,11 +84,13 @@ def _is_local(scope: Scope) -> bool:
 
 def main() -> None:
     """Start the SuperLink; returns when it ends."""
+    from flwr.supercore import sql_mixin
     from flwr.superlink import extensions
     from flwr.superlink.cli.flower_superlink import flower_superlink
 
     secret = os.environ.pop(SECRET_VARIABLE)
     extensions.get_middleware = lambda: (Middleware(Doors, secret=secret),)
+    sql_mixin.SQLITE_PRAGMAS = PRAGMAS
     flower_superlink()
 
 

@@ -20,7 +20,7 @@ plain protocol code over bytes: numpy and ``cryptography``, no Flower, HTTP or P
     server       the server's state machine
     unmasking    the server's last step: which masks to take off
 
-Not wired into ``federate`` runs yet: nothing in ``federated`` calls this package, and
-updates still reach the coordinator one by one. ``docs/explanation/secure-aggregation.md``
-tells the protocol, what it does not protect, and what it costs.
+``site.session`` and ``coordinator.secure_round`` call it.
+``docs/explanation/secure-aggregation.md`` tells the protocol, what it does not protect, and what
+it costs.
 """

@@ -23,7 +23,8 @@ def test_alone_begins_with_the_kept_first_round(world, tmp_path, monkeypatch):
     fresh, kept = make_site(tmp_path, model, silo, "a"), make_site(tmp_path, model, silo, "b")
     told = []
     train_alone(fresh, coordinator.plan, tmp_path / "one", on_tokens=lambda *t: told.append(t))
-    assert told[-1][0] >= told[-1][1] == 360
+    assert told[-1][1] == 360
+    assert abs(told[-1][0] - 360) < 32  # whole examples
     SiteWorker(kept).answer(coordinator.whole(1))
     rounds = []
     train = LocalTrainer.train_round
@@ -44,6 +45,6 @@ def test_what_is_not_built_is_refused(world, tmp_path):
     model, silo, coordinator = world
     with pytest.raises(FederationError, match="num_processes=2 is not supported"):
         LocalTrainer(make_site(tmp_path, model, silo, num_processes=2), coordinator.plan)
+    full = coordinator.plan.model_copy(update={"lora": None})
     with pytest.raises(FederationError, match=r"plan\.lora is null"):
-        full = coordinator.plan.model_copy(update={"lora": None})
         train_alone(make_site(tmp_path, model, silo), full, tmp_path / "out")
