@@ -204,7 +204,8 @@ def _result(
 ) -> dict[str, Any]:
     records = [each for each in records if each["case"] in CASES]
     return {
-        "command": f"make bench-aggregator ARGS='--repeats {arguments.repeats}'",
+        "command": _command(arguments),
+        "is_complete": {each["case"] for each in records} == {*CASES},
         "date": time.strftime("%Y-%m-%d"),
         "data": "synthetic: sites answer at once with random float tensors, nothing is trained",
         "machine": describe_machine(),
@@ -217,6 +218,12 @@ def _result(
         "summary": summarize(records),
         "records": records,
     }
+
+
+def _command(arguments: argparse.Namespace) -> str:
+    words = [f"--repeats {arguments.repeats}"]
+    words += [f'--only "{case}"' for case in arguments.only or ()]
+    return f"make bench-aggregator ARGS='{' '.join(words)}'"
 
 
 if __name__ == "__main__":

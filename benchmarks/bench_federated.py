@@ -3,7 +3,7 @@
 Runs what ``pretraining`` describes, seed by seed, and goes on where it was interrupted; then puts
 beside it what the other federated benchmarks wrote, into one JSON and one chart.
 
-    make bench-federated ARGS="--seeds 3"
+    make bench-federated ARGS="--threads 1"
 
 ``bench_aggregator.py`` (memory, bytes and recovery beside plain Flower and NVFlare) and
 ``bench_privacy.py`` (attacks) have targets of their own, since they take machine and time of
@@ -41,8 +41,11 @@ FEDERATED = ("bf16", "int8", "int4")
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, default=runs_directory() / "bench-federated")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--codec-seeds", type=int, default=3, help="seeds of int8 and int4")
+    parser.add_argument(
+        "--rows",
+        default="synchronous:0 bf16:0 int4:0 int8:0 synchronous:1 bf16:1 synchronous:2 bf16:2",
+        help="what to run, as label:seed; two calls may share the work",
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=ROOT / "docs/benchmarks/data/federated.json")
     parser.add_argument("--chart", type=Path, default=ROOT / "docs/benchmarks/federated.svg")
@@ -50,8 +53,8 @@ def main() -> int:
         parser.add_argument(
             f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default
         )
-    parser.add_argument("--outer-rate", type=float, default=0.7)
-    parser.add_argument("--outer-momentum", type=float, default=0.9)
+    parser.add_argument("--outer-rate", type=float, default=1.0)
+    parser.add_argument("--outer-momentum", type=float, default=0.0)
     arguments = parser.parse_args()
     if not DATA.is_dir():
         print(f"{DATA} is not there; name it in MUTIRAO_TEST_DATA")
@@ -65,10 +68,9 @@ def main() -> int:
         "momentum": arguments.outer_momentum,
     }
     pretraining.prepare(arguments.run, setup)
-    for label, seed in pretraining.rows(arguments.seeds):
-        if label in ("int8", "int4") and seed >= arguments.codec_seeds:
-            continue
-        run_row(arguments.run, setup, outer, label, seed)
+    for row in arguments.rows.split():
+        label, _, seed = row.partition(":")
+        run_row(arguments.run, setup, outer, label, int(seed))
         write(arguments, setup, outer)
     write(arguments, setup, outer)
     return 0

@@ -1,17 +1,20 @@
 """Pre-training across four institutes against training on their pooled text.
 
-Four institutes' question-and-answer texts (MedQuAD's sources, each with templates and a subject
-of its own) are the sites; the start is a small decoder trained from nothing on other, public
-text. From it, with the same windows of the same text, seed by seed:
+The text is four institutes' answers to patients' questions (MedQuAD's sources, each with
+templates and a subject of its own). Half of their documents, taken as published, makes the start:
+a small decoder trained from nothing for some thousand steps, as DiLoCo begins after 24,000 of
+88,000 steps of ordinary training (Douillard et al. 2023, arXiv:2311.08105). The other half stays
+with four sites, each of which holds ``skew`` of one institute's documents and an equal part of the
+rest; a twentieth is held out. From the start, with the same text, seed by seed:
 
     synchronous    each step takes the mean gradient of the four sites' windows: data parallel,
                    with the same number of steps after one another as a site does
-    federated      rounds of ``--steps`` local steps through the simulation, which signs, encodes
+    federated      rounds of ``steps`` local steps through the simulation, which signs, encodes
                    and journals all that would travel
 
 Tokens and floating-point operations are the same in all rows. Measured is the mean loss on the
-four sites' held-out text, of the state that the sites hold at the end, and every byte of every
-parcel both ways; the first request, which carries the whole state, is counted apart.
+four institutes' held-out text, of the state that the sites hold at the end, and every byte of
+every parcel both ways; the first request, which carries the whole state, is counted apart.
 """
 
 from __future__ import annotations
@@ -21,7 +24,6 @@ import math
 import os
 import random
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,7 +59,6 @@ SITES = {
     "ghr": "medquad_rare/ghr.jsonl",
     "niddk": "medquad/niddk.jsonl",
 }
-PUBLIC = ("mplus_health_topics", "cdc", "ninds", "nhlbi", "seniorhealth")
 VOCABULARY = 4096
 HELDOUT_SHARE = 0.05
 HELDOUT_TOKENS = 16_384
@@ -72,14 +73,17 @@ class Setup:
     layers: int = 6
     window: int = 64
     """Tokens of a training window."""
-    windows: int = 1
+    windows: int = 4
     """Windows of a step at each site."""
     steps: int = 500
     """Local steps in a round: H."""
-    rounds: int = 5
-    learning_rate: float = 1e-3
-    public_steps: int = 3_000
-    """Steps on public text that make the start, of eight windows of 128 tokens."""
+    rounds: int = 3
+    learning_rate: float = 5e-4
+    skew: float = 0.55
+    """Share of an institute's documents that lies at one site; 0.25 would be all alike."""
+    start_steps: int = 2_000
+    """Steps on published text that make the start, of eight windows, at a constant rate."""
+    start_rate: float = 1e-3
 
     @property
     def train(self) -> TrainConfig:
@@ -87,12 +91,12 @@ class Setup:
         return TrainConfig(
             learning_rate=self.learning_rate,
             final_learning_rate_share=0.1,
-            warmup_tokens=50 * self.step_tokens,
+            warmup_tokens=0,
             tokens_per_step=self.step_tokens,
             max_tokens_per_example=self.window,
             weight_decay=0.1,
             beta2=0.95,
-            compute_dtype="float32",
+            compute_dtype="bfloat16",
         )
 
     @property
@@ -101,36 +105,37 @@ class Setup:
         return self.window * self.windows
 
 
-def texts() -> dict[str, list[str]]:
-    """Return each site's documents, and the public ones under 'public'."""
-
-    def answers(name: str) -> list[str]:
-        rows = map(json.loads, (DATA / name).read_text(encoding="utf-8").splitlines())
-        return [f"{row['question']}\n{row['answer']}" for row in rows if row.get("answer")]
-
-    wiki = "".join((DATA / f"wikitext2_valid_test/{n}.txt").read_text() for n in ("valid", "test"))
-    public = [part for part in wiki.split("\n = ") if len(part) > 80]
-    rows = (DATA / "lambada_openai/lambada_test.jsonl").read_text().splitlines()
-    public += [json.loads(row)["text"] for row in rows]
-    for name in PUBLIC:
-        public += answers(f"medquad/{name}.jsonl")
-    return {"public": public, **{site: answers(path) for site, path in SITES.items()}}
+def texts(skew: float) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """Return training documents by site, with 'published' among them, and held-out ones."""
+    training: dict[str, list[str]] = {"published": [], **{site: [] for site in SITES}}
+    heldout: dict[str, list[str]] = {}
+    draw = random.Random(0)
+    for site, path in SITES.items():
+        rows = map(json.loads, (DATA / path).read_text(encoding="utf-8").splitlines())
+        answers = {f"{row['question']}\n{row['answer']}" for row in rows if row.get("answer")}
+        documents = sorted(answers)
+        draw.shuffle(documents)
+        num_heldout = round(len(documents) * HELDOUT_SHARE)
+        half = (len(documents) + num_heldout) // 2
+        heldout[site] = documents[:num_heldout]
+        training["published"] += documents[num_heldout:half]
+        others = [each for each in SITES if each != site]
+        for document in documents[half:]:
+            training[site if draw.random() < skew else draw.choice(others)].append(document)
+    return training, heldout
 
 
 def prepare(folder: Path, setup: Setup) -> None:
     """Make tokenizer, packed data of every site, and the start; what is there stays."""
-    documents = {name: list(dict.fromkeys(each)) for name, each in texts().items()}
-    tokenizer_path = folder / "tokenizer.json"
-    if not tokenizer_path.exists():
-        tokenizer = _train_tokenizer(documents["public"])
-        folder.mkdir(parents=True, exist_ok=True)
-        tokenizer.save(str(tokenizer_path))
-    tokenizer = Tokenizer.from_file(str(tokenizer_path))
-    for name, each in documents.items():
-        if not (folder / "data" / name / "manifest.json").exists():
-            _pack(folder / "data" / name, name, each, tokenizer)
-    if not (folder / "start" / "manifest.json").exists():
-        _make_start(folder, setup)
+    if (folder / "start" / "manifest.json").exists():
+        return
+    training, held_out = texts(setup.skew)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = _train_tokenizer(training["published"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    for name, documents in training.items():
+        _pack(folder / "data" / name, name, documents, held_out.get(name, []), tokenizer)
+    _make_start(folder, setup)
 
 
 def _train_tokenizer(documents: list[str]) -> Tokenizer:
@@ -147,13 +152,13 @@ def _train_tokenizer(documents: list[str]) -> Tokenizer:
     return tokenizer
 
 
-def _pack(path: Path, name: str, documents: list[str], tokenizer: Tokenizer) -> None:
-    order = sorted(documents)
+def _pack(
+    path: Path, name: str, train: list[str], held_out: list[str], tokenizer: Tokenizer
+) -> None:
+    order = sorted(train)
     random.Random(0).shuffle(order)
-    num_heldout = max(1, round(len(order) * HELDOUT_SHARE))
-    sides = {"heldout": order[:num_heldout], "train": order[num_heldout:]}
     with write_artifact(path, "data", recipe={"packed": True, "source": name}) as writer:
-        for side, chosen in sides.items():
+        for side, chosen in (("train", order), ("heldout", held_out)):
             ids = [[*each.ids, 0] for each in tokenizer.encode_batch(chosen)]
             flat = np.fromiter((one for each in ids for one in each), np.uint16)
             np.save(writer.path / f"{side}.npy", flat)
@@ -176,24 +181,23 @@ def _make_start(folder: Path, setup: Setup) -> None:
         pad_token_id=0,
     )
     model = LlamaForCausalLM(config)
-    public = TrainConfig(
-        learning_rate=2e-3,
-        warmup_tokens=100 * 1024,
-        tokens_per_step=1024,
-        max_tokens_per_example=128,
-        weight_decay=0.1,
-        beta2=0.95,
-        compute_dtype="float32",
+    config_start = setup.train.model_copy(
+        update={
+            "learning_rate": setup.start_rate,
+            "final_learning_rate_share": 1.0,
+            "warmup_tokens": 100 * 8 * setup.window,
+            "tokens_per_step": 8 * setup.window,
+        }
     )
-    tokens = read_packed(folder / "data" / "public" / "train.npy")
+    tokens = read_packed(folder / "data" / "published" / "train.npy")
     result = train_packed(
-        model, tokens, public, seed=0, name="public", num_steps=setup.public_steps
+        model, tokens, config_start, seed=0, name="published", num_steps=setup.start_steps
     )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_file=str(folder / "tokenizer.json"), eos_token="<eos>", pad_token="<eos>"
     )
     with write_artifact(folder / "start", "model", seed=0) as writer:
-        writer.metrics["public_loss"] = result.loss
+        writer.metrics["train_loss"] = result.loss
         save_causal_lm(model, tokenizer, writer.path)
 
 
@@ -318,12 +322,3 @@ def codec_settings(label: str) -> dict[str, Any]:
 def mean_loss(losses: dict[str, float]) -> float:
     """Return the mean over sites."""
     return math.fsum(losses.values()) / len(losses)
-
-
-def rows(seeds: int) -> Iterator[tuple[str, int]]:
-    """Return what to run, in the order of worth."""
-    for seed in range(seeds):
-        yield "synchronous", seed
-        yield "bf16", seed
-        yield "int4", seed
-        yield "int8", seed

@@ -171,7 +171,8 @@ def describe(path, folder: Path) -> str:
     """Return where a file lies in its process's folder, without what is random in its name."""
     place = Path(os.readlink(f"/proc/self/fd/{path}") if isinstance(path, int) else path)
     place = place.relative_to(folder) if place.is_relative_to(folder) else Path(place.name)
-    name = place.name
+    if not (name := place.name):
+        return "the folder"
     if name.startswith(".") and name.endswith(".partial"):
         name = name[1:].removesuffix(".partial")
         name = name.rpartition(".")[0] if RANDOM.search(name) else name

@@ -15,6 +15,7 @@
     ├── InferenceError           1  the engine failed while it ran: a read error, no memory
     │   └── MissingKernelError   1  there is no native kernel, and no compiler to make one
     ├── PrivacyBudgetError       1  a step would exceed what may be spent on the units' privacy
+    ├── RankLostError            1  a process that shares the training of a step is gone
     └── FederationError          1  a site or the server was lost, or answered wrongly
         ├── UpdateError          1  a site's update is malformed, non-finite or of another shape
         ├── PolicyError          1  a site's own policy does not allow what was asked of it
@@ -97,6 +98,10 @@ class MissingKernelError(InferenceError):
 
 class PrivacyBudgetError(MutiraoError):
     """A step would exceed what may be spent on the units' privacy; nothing of it was done."""
+
+
+class RankLostError(MutiraoError):
+    """A process that shares the training of a step is gone; the steps can be done again."""
 
 
 class FederationError(MutiraoError):

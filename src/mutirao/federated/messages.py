@@ -75,6 +75,9 @@ class TrainRequest(Config):
     """What was agreed."""
     state: StateFields
     """The state to start from."""
+    last_counted: int | None = Field(default=None, ge=0)
+    """The last round in which this site's update counted, 0 for none: what later ones of it left
+    behind at the site is void. None where nothing is said of it."""
 
 
 class UpdateAnswer(Config):

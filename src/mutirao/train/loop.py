@@ -4,7 +4,7 @@ An example is one record, never packed with another, so that nothing is learned 
 records and training sees text as evaluation does; batches group examples of similar
 length instead. The learning rate follows the position in the whole run, not in the call,
 so that a run cut into rounds follows one schedule. ``packed`` has the loop over tokens without
-records. It leaves out data parallelism.
+records; several processes may share each step of either (``parallel``).
 
 Shapes: B examples, T tokens.
 """
@@ -25,6 +25,7 @@ from mutirao.errors import DataError
 from mutirao.models.batching import group_by_length, pad_sequences
 from mutirao.models.causal import masked_loss_sum
 from mutirao.train.config import TrainConfig
+from mutirao.train.parallel import ALONE, Ranks
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ def train(
     total_tokens: int | None = None,
     optimizer_state: dict[str, Any] | None = None,
     on_step: Callable[[int, float], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> TrainResult:
     """Change the trainable parameters of ``model`` by one pass over ``examples``.
 
@@ -75,12 +77,13 @@ def train(
         total_tokens: length of the whole run; default, this call alone.
         optimizer_state: state of an earlier call to go on from.
         on_step: called after each step with (tokens so far, loss in nats per token).
+        ranks: who shares each step; all of them call this with the same arguments.
 
     Raises:
         DataError: no example has a token to learn, or the loss is no longer finite.
+        RankLostError: another rank is gone.
     """
     parameters, optimizer = make_optimizer(model, config, optimizer_state)
-    device = next(model.parameters()).device
     batches = group_by_length([len(example.ids) for example in examples], config.tokens_per_step)
     random.Random(seed).shuffle(batches)
     total = total_tokens or sum(len(example.ids) for example in examples)
@@ -89,12 +92,11 @@ def train(
     for batch in batches:
         chosen = [examples[index] for index in batch]
         rate = learning_rate_at(config, start_tokens + num_tokens, total)
-        ids_BT, attention_mask_BT = pad_sequences([example.ids for example in chosen], pad_id)
-        loss_mask_BT = loss_mask(chosen, ids_BT)
-        batch_sum, batch_learned = 0.0, int(loss_mask_BT.sum())
+        batch_sum, batch_learned = 0.0, sum(map(_count_learned, chosen))
         if batch_learned:
-            inputs = (ids_BT.to(device), attention_mask_BT.to(device), loss_mask_BT.to(device))
-            batch_sum = _backward(model, config, *inputs)
+            own = chosen[ranks.share(len(chosen))]
+            own_sum = _backward(model, config, own, pad_id=pad_id, num_learned=batch_learned)
+            batch_sum = finite(ranks.sum_gradients(parameters, own_sum))
             apply_step(parameters, optimizer, rate, config)
         loss_sum += batch_sum
         num_learned += batch_learned
@@ -151,18 +153,17 @@ def autocast(model: nn.Module, config: TrainConfig) -> torch.autocast:
     )
 
 
-def finite(loss_sum: Tensor) -> float:
-    """Return a loss as a number.
+def finite(loss_sum: float) -> float:
+    """Return a loss as it is.
 
     Raises:
         DataError: it is not finite.
     """
-    value = float(loss_sum.detach())
-    if not math.isfinite(value):
+    if not math.isfinite(loss_sum):
         raise DataError(
             "the training loss is not finite; lower train.learning_rate and start again"
         )
-    return value
+    return loss_sum
 
 
 def apply_step(
@@ -179,15 +180,37 @@ def apply_step(
     optimizer.zero_grad(set_to_none=True)
 
 
+def _count_learned(example: Example) -> int:
+    return max(0, len(example.ids) - max(1, example.num_context))
+
+
 def _backward(
     model: nn.Module,
     config: TrainConfig,
-    ids_BT: Tensor,
-    attention_mask_BT: Tensor,
-    loss_mask_BT: Tensor,
+    examples: Sequence[Example],
+    *,
+    pad_id: int,
+    num_learned: int,
 ) -> float:
-    """Put the gradients of one batch's mean loss in place; return its summed loss in nats."""
+    """Put the gradients of examples in place: of their summed loss divided by ``num_learned``.
+
+    Args:
+        model: a causal language model.
+        config: see ``TrainConfig``.
+        examples: of one batch, or a rank's share of it; may be none.
+        pad_id: token that fills.
+        num_learned: tokens that the whole batch learns.
+
+    Returns:
+        The summed loss in nats.
+    """
+    if not any(map(_count_learned, examples)):
+        return 0.0
+    device = next(model.parameters()).device
+    ids_BT, attention_mask_BT = pad_sequences([example.ids for example in examples], pad_id)
+    inputs = (ids_BT, attention_mask_BT, loss_mask(examples, ids_BT))
     with autocast(model, config):
-        loss_sum = masked_loss_sum(model, ids_BT, attention_mask_BT, loss_mask_BT)
-    (loss_sum / loss_mask_BT.sum()).backward()  # type: ignore[no-untyped-call]
-    return finite(loss_sum)
+        loss_sum = masked_loss_sum(model, *(each.to(device) for each in inputs))
+    mean = loss_sum / torch.tensor(num_learned, device=device)
+    mean.backward()  # type: ignore[no-untyped-call]
+    return float(loss_sum.detach())

@@ -34,6 +34,7 @@ from mutirao.train.loop import (
     learning_rate_at,
     make_optimizer,
 )
+from mutirao.train.parallel import ALONE, Ranks
 
 TokenIds: TypeAlias = NDArray[np.unsignedinteger[Any]]
 """(tokens,) uint16 or uint32; may be a memory map."""
@@ -118,6 +119,7 @@ def train_packed(
     total_steps: int | None = None,
     optimizer_state: dict[str, Any] | None = None,
     on_step: Callable[[int, float], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> TrainResult:
     """Change the trainable parameters of ``model`` by steps over random windows.
 
@@ -133,9 +135,11 @@ def train_packed(
         total_steps: length of the whole run; default, up to the end of this call.
         optimizer_state: state of an earlier call to go on from.
         on_step: called after each step with (tokens so far, loss in nats per token).
+        ranks: who shares each step; all of them call this with the same arguments.
 
     Raises:
         DataError: there are too few tokens, or the loss is no longer finite.
+        RankLostError: another rank is gone.
     """
     num_windows, width = windows_per_step(config), config.max_tokens_per_example + 1
     step_tokens = num_windows * (width - 1)
@@ -146,7 +150,9 @@ def train_packed(
     model.train()
     for step in range(start_step, start_step + num_steps):
         ids = take_windows(tokens, num_windows, width, seed=seed, name=name, step=step)
-        step_sum = backward_windows(model, ids.to(device), config, num_learned=step_tokens)
+        own = ids[ranks.share(num_windows)].to(device)
+        own_sum = _backward(model, own, config, num_learned=step_tokens)
+        step_sum = finite(ranks.sum_gradients(parameters, own_sum))
         # The rate after the step: a warm-up would else waste its first step at rate 0.
         rate = learning_rate_at(config, (step + 1) * step_tokens, total_tokens)
         apply_step(parameters, optimizer, rate, config)
@@ -175,6 +181,13 @@ def backward_windows(
     Raises:
         DataError: it is not finite.
     """
+    return finite(_backward(model, ids_BT, config, num_learned=num_learned))
+
+
+def _backward(model: nn.Module, ids_BT: Tensor, config: TrainConfig, *, num_learned: int) -> float:
+    """Do the work of ``backward_windows``; a rank's share may have no windows."""
+    if not len(ids_BT):
+        return 0.0
     width = ids_BT.shape[1] - 1
     total: Tensor | None = None
     for part_BT in torch.split(ids_BT, max(1, config.tokens_per_pass // width)):
@@ -183,7 +196,7 @@ def backward_windows(
         (part_sum / num_learned).backward()  # type: ignore[no-untyped-call]
         total = part_sum.detach() if total is None else total + part_sum.detach()
     assert total is not None
-    return finite(total)
+    return float(total)
 
 
 def next_token_loss_sum(model: nn.Module, ids_BT: Tensor) -> Tensor:

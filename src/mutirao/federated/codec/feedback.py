@@ -9,8 +9,8 @@ journal keeps it beside the reply, and a round that is done again from it gives 
 A residual carries a site's data from round to round. Under client-level differential privacy the
 clip must therefore come after it is added (``clip_norm``; see ``compatibility``).
 
-Not here: a reply that the coordinator did not use; the site must then
-keep the residual from before it, and what that round wanted to send is lost.
+A reply that the coordinator did not use leaves no residual: the site goes on from the one
+before it (``site.local_round.base_round``), and what that round wanted to send is lost.
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ class TrainStep:
     def ask(self, site: str, needs_whole: bool) -> Parcel:
         """Return the request for a site: the change if it took part in the round before."""
         has_replica = site in self._have_replica and not needs_whole
-        return self._request("change" if has_replica else "whole")
+        return self._request(site, "change" if has_replica else "whole")
 
     def check(self, parcel: Parcel) -> None:
         """Check an update, or under secure aggregation the promise of one, and note it.
@@ -122,14 +122,14 @@ class TrainStep:
             )
         self.accepted[site] = Accepted(answer, parcel.num_bytes, request.num_bytes, parcel.sha256)
 
-    def _request(self, form: Form) -> Parcel:
-        return self._requests.train(self._round, form, terms=self._terms)
+    def _request(self, site: str, form: Form) -> Parcel:
+        return self._requests.train(site, self._round, form, terms=self._terms)
 
     def _request_of(self, answer: UpdateAnswer, site: str) -> Parcel:
         """Return the request that an answer is to; after a restart it may be of either form."""
         forms: tuple[Form, ...] = ("whole",) if self._round == 1 else ("change", "whole")
         for form in forms:
-            request = self._request(form)
+            request = self._request(site, form)
             if request.sha256 == answer.request_sha256:
                 return request
         raise StaleError(f"site {site} answered another request than that of round {self._round}")

@@ -44,18 +44,36 @@ class Requests:
         self.coordinator = coordinator
         self.journal = journal
         self._key = key
-        self._kept: dict[tuple[str, int, str], Parcel] = {}
+        self._kept: dict[tuple[str, int, str, int], Parcel] = {}
+        self._counted: tuple[int, dict[str, int]] | None = None
 
     def train(
-        self, round_number: int, form: Literal["whole", "change"], *, terms: bytes | None = None
+        self,
+        site: str,
+        round_number: int,
+        form: Literal["whole", "change"],
+        *,
+        terms: bytes | None = None,
     ) -> Parcel:
-        """Ask for an update from the state after the round before."""
-        extra = {} if terms is None else {"terms": np.frombuffer(terms, np.uint8)}
-        return self._with_state(TrainRequest, "train", round_number, round_number - 1, form, extra)
+        """Ask a site for an update from the state after the round before."""
+        last_counted = self._last_counted(site, before=round_number)
+        key = ("train", round_number, form, last_counted)
+        if key not in self._kept:
+            state, payloads = self.state(round_number - 1, form)
+            plan = self.coordinator.plan
+            fields = TrainRequest(plan=plan, state=state, last_counted=last_counted)
+            extra = {} if terms is None else {"terms": np.frombuffer(terms, np.uint8)}
+            self._keep(key, self.sign("train", round_number, fields, {**payloads, **extra}))
+        return self._kept[key]
 
     def finish(self, num_rounds: int, form: Literal["whole", "change"]) -> Parcel:
         """Hand out the final state."""
-        return self._with_state(FinishRequest, "finish", num_rounds, num_rounds, form, {})
+        key = ("finish", num_rounds, form, 0)
+        if key not in self._kept:
+            state, payloads = self.state(num_rounds, form)
+            fields = FinishRequest(plan=self.coordinator.plan, state=state)
+            self._keep(key, self.sign("finish", num_rounds, fields, payloads))
+        return self._kept[key]
 
     def secure(self, round_number: int, step: SecureStep, message: bytes) -> Parcel:
         """Pass on a message of secure aggregation."""
@@ -75,22 +93,17 @@ class Requests:
         )
         return parcel.signed(self._key)
 
-    def _with_state(
-        self,
-        fields: type[TrainRequest] | type[FinishRequest],
-        kind: str,
-        round_number: int,
-        state_number: int,
-        form: Literal["whole", "change"],
-        extra: Payloads,
-    ) -> Parcel:
-        if (kind, round_number, form) not in self._kept:
-            state, payloads = self.state(state_number, form)
-            filled = fields(plan=self.coordinator.plan, state=state)
-            parcel = self.sign(kind, round_number, filled, {**payloads, **extra})
-            self._kept = {key: kept for key, kept in self._kept.items() if key[1] == round_number}
-            self._kept[(kind, round_number, form)] = parcel
-        return self._kept[(kind, round_number, form)]
+    def _keep(self, key: tuple[str, int, str, int], parcel: Parcel) -> None:
+        """Keep a request of this round, and forget those of others."""
+        self._kept = {other: kept for other, kept in self._kept.items() if other[1] == key[1]}
+        self._kept[key] = parcel
+
+    def _last_counted(self, site: str, *, before: int) -> int:
+        """Return the last round before another that has a site's update; 0 for none."""
+        if self._counted is None or self._counted[0] != before:
+            records = self.journal.records()[: before - 1]
+            self._counted = (before, {name: each.round for each in records for name in each.sites})
+        return self._counted[1].get(site, 0)
 
     def state(
         self, number: int, form: Literal["whole", "change"]

@@ -9,8 +9,9 @@
                                         session, and last of all the answers
 
 RUN is the first 16 digits of the run's id. A round counts when it has an answer: a round that
-was cut short is done again from what the last answered round before it left, and a request
-that was answered gets the same bytes again. Folders of rounds before the last two are removed.
+was cut short is done again from what an answered round before it left (its base: the last one
+whose update counted), and a request that was answered gets the same bytes again. Folders of
+rounds before the last two are removed, but for the base of the last one.
 Every file is written beside its place, flushed and renamed.
 """
 
@@ -190,25 +191,34 @@ class RunJournal:
                 continue  # not there, or damaged: the work is done again
         return None
 
-    def write_update(self, round_number: int, request_sha256: str, answer: Parcel) -> None:
+    def write_update(
+        self, round_number: int, request_sha256: str, answer: Parcel, *, base: int = 0
+    ) -> None:
         """Keep the answer to a training request before it is sent; after this the round counts.
 
         Folders of rounds that nothing can follow any more are removed.
+
+        Args:
+            round_number: from 1.
+            request_sha256: the request's.
+            answer: to it.
+            base: the round that this one goes on from, which stays, for the next one may go on
+                from there again; 0 for none.
         """
         path = self.round_folder(round_number) / _UPDATE.format(request_sha256)
         write_atomic(path, answer.to_bytes())
-        self._prune(round_number)
+        self._prune(round_number, base)
 
     def write_measured(self, round_number: int, request_sha256: str, answer: Parcel) -> None:
         """Keep the answer to a request that changes nothing here."""
         path = self.round_folder(round_number) / _MEASURED.format(request_sha256)
         write_atomic(path, answer.to_bytes())
 
-    def _prune(self, round_number: int) -> None:
+    def _prune(self, round_number: int, base: int) -> None:
         """Remove rounds before the last two; of round 1 what ``train_alone`` begins with stays."""
         for path in self.folder.glob("round-*"):
             match = _ROUND.fullmatch(path.name)
-            if match is None or int(match[1]) >= round_number - 1:
+            if match is None or int(match[1]) >= round_number - 1 or int(match[1]) == base:
                 continue
             if not (path / LOCAL_NAME).exists():
                 shutil.rmtree(path, ignore_errors=True)

@@ -47,8 +47,29 @@ class LocalUpdate:
     """Fields of the answer."""
 
 
+def base_round(run: RunJournal, round_number: int, last_counted: int | None) -> int:
+    """Return the round whose optimizer and residuals a round goes on from; 0 for none.
+
+    An update that did not count leaves no trace: the state went on without it, so what its
+    rounding left behind belongs to nothing, and what was left before it is still to be sent.
+
+    Args:
+        run: what was kept of earlier rounds.
+        round_number: from 1.
+        last_counted: the last round in which this site's update counted, 0 for none; None
+            where the coordinator does not say, and all are taken to have counted.
+    """
+    end = round_number if last_counted is None else min(round_number, last_counted + 1)
+    return run.last_round(before=end)
+
+
 def train_update(
-    trainer: LocalTrainer, run: RunJournal, round_number: int, state: Tensors, on_tokens: OnTokens
+    trainer: LocalTrainer,
+    run: RunJournal,
+    round_number: int,
+    state: Tensors,
+    on_tokens: OnTokens,
+    base: int,
 ) -> LocalUpdate:
     """Train for one round from the agreed state.
 
@@ -58,16 +79,18 @@ def train_update(
         round_number: from 1.
         state: what all sites hold.
         on_tokens: hears how far it has come.
+        base: the round whose optimizer goes on; see ``base_round``.
 
     Raises:
         PrivacyBudgetError: the budget does not last for the round.
+        RankLostError: a process that shares the work ended; the call may be made again.
         DataError: there is nothing to train on, or the loss is not finite.
     """
     plan, started = trainer.plan, time.monotonic()
     start = trainer.start_round(state, round_number)
     earlier = None
-    if plan.federated.keeps_optimizer and (before := run.last_round(before=round_number)):
-        earlier = load_optimizer(run.round_folder(before))
+    if plan.federated.keeps_optimizer and base:
+        earlier = load_optimizer(run.round_folder(base))
     numbers: dict[str, Any]
     if plan.federated.privacy is None:
         heldout_loss = trainer.heldout_loss()
@@ -159,9 +182,11 @@ def noise_after(plan: Plan, run: RunJournal, *, more_steps: int) -> Noise | None
 
 
 def encode_update(
-    trainer: LocalTrainer, run: RunJournal, round_number: int, update: Tensors
+    trainer: LocalTrainer, run: RunJournal, round_number: int, update: Tensors, base: int
 ) -> dict[str, Payload]:
     """Return an update as it travels, after what rounding left behind was kept.
+
+    What rounding left behind in round ``base`` goes out with it; see ``base_round``.
 
     Raises:
         UpdateError: a value is not finite; nothing may leave.
@@ -171,8 +196,7 @@ def encode_update(
     seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
     if not federated.error_feedback:
         return encode_tensors(update, federated.upload, seed=seed)
-    before = run.last_round(before=round_number)
-    residuals = run.read_residuals(before) if before else None
+    residuals = run.read_residuals(base) if base else None
     payloads, left = encode_with_feedback(
         update, residuals or start_residuals(shapes_of(update)), federated.upload, seed=seed
     )

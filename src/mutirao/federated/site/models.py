@@ -3,7 +3,7 @@
 A model is loaded once for a base model, an adapter and a seed; the sites that share it take
 turns and put their own state into it. A silo's examples are encoded once and kept for the few
 sites that were asked last. What lies on disk is verified when it is loaded, and loaded anew
-when its files have changed since.
+when its files have changed since. Processes that train with this one are kept along with them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from numpy.typing import NDArray
@@ -39,6 +39,9 @@ from mutirao.train.private import group_units
 from mutirao.tune.lora import adapter_state, attach_lora, frozen_sha256
 from mutirao.tune.qlora import quantize_base
 
+if TYPE_CHECKING:
+    from mutirao.federated.site.ranks import RankProcesses
+
 T = TypeVar("T")
 MAX_SILOS = 8
 """Silos whose examples stay in memory; an assumption: a few sites are asked in turn."""
@@ -56,6 +59,8 @@ class LoadedModel:
     """What is trained, as it was loaded; by name, sorted."""
     history: list[RemovableHandle] = field(default_factory=list)
     """What earlier rounds added to its layers; see ``set_history``."""
+    factors: dict[str, tuple[NDArray[Any], NDArray[Any]]] = field(default_factory=dict)
+    """The same as it was given."""
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -75,6 +80,7 @@ class LoadedModel:
         """
         for handle in self.history:
             handle.remove()
+        self.factors = factors
         modules = dict(self.model.named_modules())
         self.history = [
             modules[name].register_forward_hook(_Addition(*map(torch.from_numpy, pair)))
@@ -180,6 +186,7 @@ class ModelCache:
         self._max_models, self._max_silos = max_models, max_silos
         self._models: OrderedDict[Hashable, LoadedModel] = OrderedDict()
         self._silos: OrderedDict[Hashable, Silo] = OrderedDict()
+        self._ranks: RankProcesses | None = None
 
     def model(self, site: Site, plan: Plan) -> LoadedModel:
         """Return the model of a site and plan, loaded if need be.
@@ -215,8 +222,21 @@ class ModelCache:
         self._silos[key] = found
         return found
 
+    def ranks(self, site: Site) -> RankProcesses:
+        """Return the processes that train with this one for a site; another site's are ended."""
+        from mutirao.federated.site.ranks import RankProcesses
+
+        if self._ranks is None or self._ranks.site != site:
+            if self._ranks is not None:
+                self._ranks.close()
+            self._ranks = RankProcesses(site)
+        return self._ranks
+
     def clear(self) -> None:
-        """Give the memory back."""
+        """Give the memory back, and end the processes that train with this one."""
+        if self._ranks is not None:
+            self._ranks.close()
+        self._ranks = None
         self._models.clear()
         self._silos.clear()
         gc.collect()  # PEFT's models are in cycles

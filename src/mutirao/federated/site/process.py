@@ -70,7 +70,7 @@ class WorkerProcess:
                 return answer
             raise FederationError(
                 f"the worker of site {self.site.name} died {MAX_DEATHS} times over one request "
-                f"(the last time with {_describe(code)}); see its standard error, and whether "
+                f"(the last time with {describe_exit(code)}); see its standard error, and whether "
                 "memory is enough"
             )
 
@@ -117,7 +117,8 @@ class WorkerProcess:
         return code
 
 
-def _describe(code: int | None) -> str:
+def describe_exit(code: int | None) -> str:
+    """Return in words how a process ended."""
     if code is not None and code < 0:
         try:
             return f"signal {signal.Signals(-code).name}"
@@ -155,7 +156,7 @@ def _read_exactly(pipe: IO[bytes], num_bytes: int) -> bytes:
     return b"".join(parts)
 
 
-def _end_with_parent(parent: int) -> None:
+def end_with_parent(parent: int) -> None:
     """End this process soon after its parent has ended, whatever it is doing then.
 
     Not left to the kernel (PR_SET_PDEATHSIG): that takes the end of the thread that started
@@ -170,15 +171,20 @@ def _end_with_parent(parent: int) -> None:
     threading.Thread(target=watch, name="end with parent", daemon=True).start()
 
 
-def main(site_path: Path, parent: int) -> None:
-    """Answer parcels from standard input on standard output until it ends."""
-    _end_with_parent(parent)
-    requests = os.fdopen(os.dup(0), "rb")
-    answers = os.fdopen(os.dup(1), "wb")
+def take_pipes() -> tuple[IO[bytes], IO[bytes]]:
+    """Return standard input and output; for all others they become nothing, and standard error."""
+    taken = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.close(null)
+    return taken
+
+
+def main(site_path: Path, parent: int) -> None:
+    """Answer parcels from standard input on standard output until it ends."""
+    end_with_parent(parent)
+    requests, answers = take_pipes()
     from mutirao.environment import silence
 
     silence()

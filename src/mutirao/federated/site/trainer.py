@@ -28,11 +28,13 @@ from mutirao.federated.codec import Tensors
 from mutirao.federated.plan import Plan, Site
 from mutirao.federated.site.journal import LOCAL_NAME, OPTIMIZER_NAME, SiteJournal
 from mutirao.federated.site.models import ModelCache
+from mutirao.federated.site.ranks import RoundStart, part_tensors
 from mutirao.federated.site.state import WITH_HISTORY
 from mutirao.models.causal import CausalModel
 from mutirao.train.accountant import PrivacyBudget
 from mutirao.train.loop import TrainResult, train
 from mutirao.train.packed import packed_loss, train_packed, windows_per_step
+from mutirao.train.parallel import ALONE, Ranks
 from mutirao.train.private import PrivateResult, example_loss, train_private
 from mutirao.train.stream import take_mixed
 from mutirao.tune.lora import adapter_state, load_adapter_state, save_adapter
@@ -55,14 +57,14 @@ class LocalTrainer:
     """
 
     def __init__(self, site: Site, plan: Plan, cache: ModelCache | None = None) -> None:
-        if site.num_processes != 1:
+        if site.num_processes != 1 and plan.federated.privacy is not None:
             raise FederationError(
-                f"num_processes={site.num_processes} is not supported yet (expected 1)"
+                f"num_processes={site.num_processes} is not supported with differential privacy "
+                "(expected 1)"
             )
-        cache = cache or ModelCache()
-        self.site, self.plan = site, plan
-        self.loaded = cache.model(site, plan)
-        self.silo = cache.silo(site, plan, self.loaded)
+        self.site, self.plan, self._cache = site, plan, cache or ModelCache()
+        self.loaded = self._cache.model(site, plan)
+        self.silo = self._cache.silo(site, plan, self.loaded)
         self.model, self.tokenizer = self.loaded.model, self.loaded.tokenizer
 
     @property
@@ -146,10 +148,50 @@ class LocalTrainer:
     def train_round(
         self, round_number: int, optimizer_state: dict[str, Any] | None, on_tokens: OnTokens
     ) -> TrainResult:
-        """Train on this round's stretch of the site's examples; ``on_tokens`` hears how far."""
-        torch.manual_seed(self.plan.seed + round_number)  # for models with dropout
+        """Train on this round's stretch of the site's examples, with all the site's processes.
+
+        Args:
+            round_number: from 1.
+            optimizer_state: to go on from, or None to start anew; is changed.
+            on_tokens: hears how far it has come.
+
+        Raises:
+            RankLostError: one of the processes ended; the model is in between two states.
+        """
+        if self.site.num_processes == 1:
+            return self._train(round_number, optimizer_state, on_tokens, ALONE)
+        processes = self._cache.ranks(self.site)
+        with processes.share_round(self.plan, self.loaded, round_number, optimizer_state) as ranks:
+            return self._train(round_number, optimizer_state, on_tokens, ranks)
+
+    def follow_round(self, start: RoundStart, ranks: Ranks) -> None:
+        """Train a round that rank 0 begins, from what it sends, with as many threads.
+
+        Raises:
+            RankLostError: another rank ended.
+        """
+        torch.set_num_threads(start.num_threads)
+        tensors = {name: ranks.broadcast(torch.empty(shape)) for name, shape in start.shapes}
+        trained, history, optimizer = part_tensors(tensors)
+        self.loaded.set_history(
+            {module: (b_OR.numpy(), a_RI.numpy()) for module, (b_OR, a_RI) in history.items()}
+        )
+        load_adapter_state(self.model, trained)
+        del tensors, trained  # as large as the weights
+        state = None if start.groups is None else {"state": optimizer, "param_groups": start.groups}
+        self._train(start.round, state, lambda _: None, ranks)
+
+    def _train(
+        self,
+        round_number: int,
+        optimizer_state: dict[str, Any] | None,
+        on_tokens: OnTokens,
+        ranks: Ranks,
+    ) -> TrainResult:
+        # For models with dropout, which must not drop the same at all ranks.
+        torch.manual_seed(self.plan.seed + round_number + (ranks.rank << 32))
         if self.silo.is_packed:
-            return self._train_packed(round_number, optimizer_state, on_tokens)
+            return self._train_packed(round_number, optimizer_state, on_tokens, ranks)
         federated = self.plan.federated
         stride = federated.tokens_per_round
         examples = take_mixed(
@@ -170,10 +212,15 @@ class LocalTrainer:
             total_tokens=federated.num_rounds * stride,
             optimizer_state=optimizer_state,
             on_step=lambda tokens, _: on_tokens(tokens),
+            ranks=ranks,
         )
 
     def _train_packed(
-        self, round_number: int, optimizer_state: dict[str, Any] | None, on_tokens: OnTokens
+        self,
+        round_number: int,
+        optimizer_state: dict[str, Any] | None,
+        on_tokens: OnTokens,
+        ranks: Ranks,
     ) -> TrainResult:
         config, federated = self.plan.train, self.plan.federated
         step_tokens = windows_per_step(config) * config.max_tokens_per_example
@@ -189,6 +236,7 @@ class LocalTrainer:
             total_steps=federated.num_rounds * num_steps,
             optimizer_state=optimizer_state,
             on_step=lambda tokens, _: on_tokens(tokens),
+            ranks=ranks,
         )
 
     def train_private_round(

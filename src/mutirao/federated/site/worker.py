@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from mutirao.config import Config
-from mutirao.errors import FederationError, MutiraoError
+from mutirao.errors import FederationError, MutiraoError, RankLostError
 from mutirao.federated.aggregation.compatibility import check_plan
 from mutirao.federated.codec import Payload
 from mutirao.federated.identity import open_identity
@@ -53,8 +53,15 @@ from mutirao.federated.plan import RUN_ID, Plan, Site
 from mutirao.federated.secure.terms import MAX_SITES, RoundTerms
 from mutirao.federated.site.gate import IDENTITY_FOLDER, Gate
 from mutirao.federated.site.journal import Progress, RunJournal, SiteJournal
-from mutirao.federated.site.local_round import encode_update, noise_after, train_update
+from mutirao.federated.site.local_round import (
+    LocalUpdate,
+    base_round,
+    encode_update,
+    noise_after,
+    train_update,
+)
 from mutirao.federated.site.models import ModelCache, take_turn
+from mutirao.federated.site.ranks import MAX_LOSSES
 from mutirao.federated.site.refusal import Refused, explain, plan_of
 from mutirao.federated.site.session import ADVERT, MESSAGE, SecureRounds
 from mutirao.federated.site.state import NO_BASIS, State, has_basis, take_state
@@ -164,22 +171,39 @@ class SiteWorker:
     ) -> Parcel:
         """Train, keep what the next round needs, and keep the answer."""
         plan, state_sha256 = fields.plan, fields.state.state_sha256
+        base = base_round(run, request.round, fields.last_counted)
         if terms and (found := self._secure.kept(run, terms, gate.policy, state_sha256)):
-            return self._keep_update(request, run, "ready", *found, state_sha256)
+            return self._keep_update(request, run, "ready", *found, state_sha256, base)
         with self._trainer(request, plan, run, fields.state, keep=True) as (trainer, state):
             if terms:
                 self._secure.read_terms(plan, request, _count_values(trainer))
-            progress = Progress(self._journal, request.round)
-            update = train_update(trainer, run, request.round, state, progress)
+            update = self._train_update(trainer, run, request.round, state, base)
             if terms is None:
-                payloads = encode_update(trainer, run, request.round, update.tensors)
+                payloads = encode_update(trainer, run, request.round, update.tensors, base)
                 return self._keep_update(
-                    request, run, "update", payloads, update.numbers, state_sha256
+                    request, run, "update", payloads, update.numbers, state_sha256, base
                 )
         begun = self._secure.begin(
             run, terms, gate.policy, state_sha256, update.tensors, update.numbers
         )
-        return self._keep_update(request, run, "ready", *begun, state_sha256)
+        return self._keep_update(request, run, "ready", *begun, state_sha256, base)
+
+    def _train_update(
+        self, trainer: LocalTrainer, run: RunJournal, number: int, state: State, base: int
+    ) -> LocalUpdate:
+        """Train, anew from what is kept where a process that shares the work was lost."""
+        progress = Progress(self._journal, number)
+        sentence = ""
+        for _ in range(MAX_LOSSES):
+            try:
+                return train_update(trainer, run, number, state, progress, base)
+            except RankLostError as error:
+                sentence = str(error)
+                self._journal.log(event="lost a rank", round=number, sentence=sentence)
+        raise FederationError(
+            f"of the {self.site.num_processes} processes that share the training one was lost "
+            f"{MAX_LOSSES} times in round {number} (the last time: {sentence})"
+        )
 
     def _keep_update(
         self,
@@ -189,15 +213,16 @@ class SiteWorker:
         content: Mapping[str, Payload] | bytes,
         numbers: Mapping[str, Any],
         state_sha256: str,
+        base: int,
     ) -> Parcel:
-        """Sign the answer to a training request, and keep it."""
+        """Sign the answer to a training request, and keep it, with the round it goes on from."""
         if isinstance(content, bytes):
             payloads = {ADVERT: np.frombuffer(content, np.uint8)}
         else:
             payloads = tensor_payloads(dict(content))
         fields = UpdateAnswer(request_sha256=request.sha256, state_sha256=state_sha256, **numbers)
         answer = self._signed(request, kind, fields, payloads)
-        run.write_update(request.round, request.sha256, answer)
+        run.write_update(request.round, request.sha256, answer, base=base)
         return answer
 
     def _secure_step(self, request: Parcel, run: RunJournal) -> Parcel:
