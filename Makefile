@@ -13,7 +13,7 @@ INSTALLED := $(VENV)/.installed
 INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX),)
 CONSTRAINTS := $(CURDIR)/constraints.txt
 
-.PHONY: help demo test test-slow check fmt bench bench-demo bench-outcome bench-inference bench-plan clean
+.PHONY: help demo test test-slow check fmt bench bench-demo bench-outcome bench-inference bench-plan bench-federated bench-aggregator bench-privacy clean
 .DEFAULT_GOAL := help
 
 help:  ## say what can be made
@@ -46,7 +46,7 @@ fmt: $(INSTALLED)  ## format and mend what can be mended
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: bench-demo bench-outcome bench-inference bench-plan  ## all benchmarks
+bench: bench-demo bench-outcome bench-inference bench-plan bench-aggregator bench-privacy bench-federated  ## all benchmarks
 
 bench-demo: $(INSTALLED)  ## time and memory of the demonstration, anew, several runs
 	$(BIN)/python benchmarks/bench_demo.py
@@ -59,6 +59,15 @@ bench-inference: $(INSTALLED)  ## speed and bytes of the engine and its peers, b
 
 bench-plan: $(INSTALLED)  ## predicted beside measured speed of several placements
 	$(BIN)/python benchmarks/bench_plan.py --json docs/benchmarks/data/plan.json $(ARGS)
+
+bench-federated: $(INSTALLED)  ## rounds beside synchronous training: perplexity, bytes (an hour)
+	$(BIN)/python benchmarks/bench_federated.py $(ARGS)
+
+bench-aggregator: $(INSTALLED)  ## memory, bytes, time, recovery of the aggregator and its peers
+	$(BIN)/python benchmarks/bench_aggregator.py $(ARGS)
+
+bench-privacy: $(INSTALLED)  ## attacks on updates and models, with and without defences
+	$(BIN)/python benchmarks/bench_privacy.py $(ARGS)
 
 clean:  ## remove what was built; downloads and runs under MUTIRAO_HOME stay
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

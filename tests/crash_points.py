@@ -12,6 +12,7 @@ cut. What a kill leaves is what the kernel was told before; a loss of power is n
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
@@ -399,13 +400,21 @@ class Play:
 
 
 def all_points(writes: dict[str, list[str]]) -> list[Point]:
-    """All points of the coordinator and of one site; the other sites are like it."""
-    return [
-        Point(role, number, is_after)
-        for role in (COORDINATOR, VICTIM)
-        for number in range(1, len(writes[role]) + 1)
-        for is_after in (False, True)
-    ]
+    """All points of the coordinator and of one site; the other sites are like it.
+
+    A flush changes nothing for who is only killed: before one that a rename follows is the same
+    as before the rename, and after one the same as before whatever comes next.
+    """
+    points = []
+    for role in (COORDINATOR, VICTIM):
+        follows = [*writes[role][1:], ""]
+        for number, (write, after) in enumerate(zip(writes[role], follows, strict=True), 1):
+            kind, _, name = write.partition(" ")
+            if kind != "fsync":
+                points += [Point(role, number, False), Point(role, number, True)]
+            elif after != f"replace {name}":
+                points.append(Point(role, number, False))
+    return points
 
 
 def main(world_folder: str, out: str, sample: str | None = None) -> None:
@@ -414,6 +423,9 @@ def main(world_folder: str, out: str, sample: str | None = None) -> None:
 
     torch.set_num_threads(1)
     world = World(Path(world_folder))
+    gc.collect()
+    gc.freeze()  # what a child does not touch is not copied
+    gc.disable()
     outcomes: list[Outcome] = []
 
     def play(point: Point | None) -> None:

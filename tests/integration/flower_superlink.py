@@ -5,9 +5,10 @@ from __future__ import annotations
 import secrets
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import httpx
 from flwr.common.serde import run_from_proto
 from flwr.proto.runtime_pb2 import AcquireTaskRequest, PullTaskInputRequest
 from flwr.supercore.constant import TaskType
@@ -43,7 +44,8 @@ class Link(Federation):
         from mutirao.federated.flower.processes import stop
 
         for sender in self.senders:
-            sender.stop()
+            if sender.is_running:
+                sender.stop()
         for grid in self.grids:
             grid.close()
         stop(self.children)
@@ -75,7 +77,14 @@ class Link(Federation):
         TaskIdentity.task_id, TaskIdentity.run_id = given.task_id, run_id
         TaskIdentity.node_id = given.context.node_id
         grid.set_run(run)
-        sender = HeartbeatSender(make_task_heartbeat_fn_http(grid._runtime_client))
+        beat = make_task_heartbeat_fn_http(grid._runtime_client)
+
+        def beat_while_it_lasts() -> bool:
+            with suppress(httpx.HTTPStatusError):  # of a SuperLink that a test has killed
+                beat()
+            return True
+
+        sender = HeartbeatSender(beat_while_it_lasts)
         sender.start()
         self.senders.append(sender)
         self.grids.append(grid)

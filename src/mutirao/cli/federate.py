@@ -24,6 +24,7 @@ app.command("simulate")(federation.simulate)
 app.command("server")(federation.server)
 app.command("invite")(federation.invite)
 app.command("site")(federation.site)
+app.command("unlearn")(federation.unlearn)
 
 _MANY = 10
 """Tensor names that a line shows before it only counts them."""

@@ -1,4 +1,4 @@
-"""``mutirao federate server``, ``site``, ``invite`` and ``simulate``: train together."""
+"""``mutirao federate server``, ``site``, ``invite``, ``simulate``, ``unlearn``: train together."""
 
 from __future__ import annotations
 
@@ -13,8 +13,18 @@ from mutirao.cli.options import AsJson, DryRun, Overrides, RecipeFile
 
 if TYPE_CHECKING:
     from mutirao.federated.coordinator.journal import CoordinatorJournal, RoundRecord
-    from mutirao.federated.plan import Plan, Site
+    from mutirao.federated.flower.invite import Invite
+    from mutirao.federated.plan import Plan
     from mutirao.federated.recipe import Estimate, FederationRecipe
+
+Trained = Annotated[
+    Path | None,
+    typer.Option(
+        "--out",
+        help="Folder for what was trained: an adapter, or a model where all weights were.",
+        metavar="FOLDER",
+    ),
+]
 
 
 def server(
@@ -24,6 +34,7 @@ def server(
         str | None,
         typer.Option("--host", help="Address to listen on. Default: all with certificates."),
     ] = None,
+    out: Trained = None,
     dry_run: DryRun = False,
     json: AsJson = False,
 ) -> None:
@@ -48,12 +59,13 @@ def server(
             node_keys=node_keys(recipe) if certificates else (),
             on_watch=show,
         )
-    _print_records(records, as_json=json)
+    _finish(recipe, plan, records, out, as_json=json)
 
 
 def simulate(
     config: RecipeFile = None,
     set_: Overrides = None,
+    out: Trained = None,
     dry_run: DryRun = False,
     json: AsJson = False,
 ) -> None:
@@ -70,7 +82,7 @@ def simulate(
     work = recipe.coordinator_folder
     with _progress(work, plan, [site.name for site in sites]) as show:
         records = run(plan, sites, work, on_event=lambda _: show())
-    _print_records(records, as_json=json)
+    _finish(recipe, plan, records, out, as_json=json)
 
 
 def invite(
@@ -107,23 +119,90 @@ def site(
     policy: Annotated[
         Path | None, typer.Option("--policy", help="The site's policy, a TOML file.")
     ] = None,
+    dry_run: DryRun = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="With --dry-run: print one JSON object.")
+    ] = False,
 ) -> None:
-    """Take part in a federation until the coordinator or Ctrl-C ends it."""
-    from mutirao.console import configure_logging, console
-    from mutirao.federated.flower.invite import join, read_invite
+    """Take part in a federation until Ctrl-C ends it.
+
+    With --dry-run it connects to nobody, and prints what the invite says: the plan, and keys that
+    are to be compared with their owners'.
+    """
+    from mutirao.console import configure_logging
+    from mutirao.federated.flower.invite import check_invited, join, read_invite
 
     configure_logging()
     known = read_invite(invite)
+    if dry_run:
+        check_invited(known, work, policy)
+        _print_invite(known, as_json=json)
+        return
 
-    def tell(site: Site) -> None:
-        console.print(f"site {site.name}, plan {known.plan_sha256}", soft_wrap=True)
-        console.print(f"coordinator {known.connection.address}, key {known.coordinator_key}")
-        for name, key in sorted(known.identities.items()):
-            console.print(f"[dim]key of {name}: {key}[/]", soft_wrap=True)
+    def tell(_: object) -> None:
+        _print_invite(known, with_plan=False)
         if policy is None:
+            from mutirao.console import console
+
             console.print("[yellow]no policy: this site trains whatever the coordinator asks[/]")
 
     join(known, model=model, data=data, work=work, policy=policy, on_ready=tell)
+
+
+def unlearn(
+    site: Annotated[str, typer.Argument(help="Name of the site that leaves.")],
+    out: Annotated[Path, typer.Option("--out", help="A new folder.", metavar="FOLDER")],
+    config: RecipeFile = None,
+    set_: Overrides = None,
+    replay: Annotated[
+        bool,
+        typer.Option(
+            "--replay", help="Fold the kept updates of the others once more: seconds, approximate."
+        ),
+    ] = False,
+) -> None:
+    """Take a site's contribution out of a run.
+
+    Exact: FOLDER becomes the work folder of a run that goes on from before the site's first round,
+    and trains the rounds since anew, with the others. With --replay the updates that the others
+    made are added up without the site's; they were made from states that it had helped to make.
+    """
+    from mutirao.federated.coordinator.journal import CoordinatorJournal
+    from mutirao.federated.recipe import prepare_run_without, replay_run_without
+
+    recipe = _load(config, set_)
+    if replay:
+        replayed = replay_run_without(recipe, site, out)
+        typer.echo(
+            f"{out / 'result'}: trained without site {site}, left out of "
+            f"{len(replayed.rounds_with_site)} rounds; the change from the start differs by "
+            f"{replayed.relative_distance:.1%}"
+        )
+        return
+    made = prepare_run_without(recipe, site, out)
+    num_kept = len(CoordinatorJournal(made.work).records())
+    typer.echo(
+        f"{out}: the run with {num_kept} of its rounds, none of which site {site} was in; set "
+        f"work to this folder and take {site} out of the recipe, write invites, and serve"
+    )
+
+
+def _print_invite(known: Invite, *, with_plan: bool = True, as_json: bool = False) -> None:
+    """Print what an invite says, without its secrets."""
+    if as_json:
+        public = known.model_dump_json(exclude={"connection": {"node_key"}}, indent=2)
+        typer.echo(public)
+        return
+    from mutirao.console import console
+
+    console.print(f"site {known.site}, plan {known.plan_sha256}", soft_wrap=True)
+    console.print(
+        f"coordinator {known.connection.address}, key {known.coordinator_key}", soft_wrap=True
+    )
+    for name, key in sorted(known.identities.items()):
+        console.print(f"[dim]key of {name}: {key}[/]", soft_wrap=True)
+    if with_plan and known.plan is not None:
+        typer.echo(known.plan.model_dump_json(indent=2))
 
 
 def _load(config: Path | None, overrides: list[str] | None) -> FederationRecipe:
@@ -159,6 +238,24 @@ def _estimate_lines(found: Estimate) -> list[str]:
     if found.epsilon is None:
         return [*lines, "no differential privacy"]
     return [*lines, f"epsilon {found.epsilon:.3g} at delta {found.delta:g} after all rounds"]
+
+
+def _finish(
+    recipe: FederationRecipe,
+    plan: Plan,
+    records: list[RoundRecord],
+    out: Path | None,
+    *,
+    as_json: bool,
+) -> None:
+    """Write what was trained if that is wanted, and print the rounds."""
+    if out is not None:
+        from mutirao.federated.recipe import write_trained
+
+        write_trained(recipe, plan, out)
+    _print_records(records, as_json=as_json)
+    if out is not None and not as_json:
+        typer.echo(f"trained: {out}")
 
 
 def _print_records(records: list[RoundRecord], *, as_json: bool) -> None:

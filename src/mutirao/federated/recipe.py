@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import Field, field_validator
 
@@ -19,10 +20,14 @@ from mutirao.data.config import DataConfig
 from mutirao.errors import InputError, RecipeError
 from mutirao.federated.codec import count_bytes
 from mutirao.federated.codec.config import CodecConfig
-from mutirao.federated.coordinator.journal import CoordinatorJournal
-from mutirao.federated.plan import PUBLIC_KEY, SITE_NAME, FederatedConfig, Plan, Site
+from mutirao.federated.coordinator.journal import COORDINATOR_NAME, CoordinatorJournal
+from mutirao.federated.identity import parse_public_key, public_hex
+from mutirao.federated.plan import SITE_NAME, Coordinator, FederatedConfig, Plan, Site
 from mutirao.train.config import TrainConfig
 from mutirao.tune.config import LoRAConfig
+
+if TYPE_CHECKING:
+    from mutirao.federated.coordinator.unlearning import Replay
 
 PLAN_NAME = "plan.json"
 
@@ -34,8 +39,8 @@ class FederationRecipe(Config):
     """The base model: an artifact of kind 'model', or a Hugging Face directory, of which one is
     made. Every site needs the same artifact."""
     sites: dict[str, str] = Field(min_length=1)
-    """By name: the site's public key, or for a simulation its data, an artifact of kind 'data'
-    or a folder of text."""
+    """By name: the site's public key, as 64 hexadecimal digits or a PEM file; or for a
+    simulation its data, an artifact of kind 'data' or a folder of text."""
     work: Path
     """Where journal, plan and logs are kept."""
     federated: FederatedConfig = FederatedConfig()
@@ -74,18 +79,12 @@ class FederationRecipe(Config):
         return self.work / "coordinator"
 
     def public_keys(self) -> dict[str, str]:
-        """Return each site's public key.
+        """Return each site's public key, in hexadecimal.
 
         Raises:
             RecipeError: a site has something else.
         """
-        for name, key in self.sites.items():
-            if not PUBLIC_KEY.fullmatch(key):
-                raise RecipeError(
-                    f"sites.{name}={key!r} is not a public key (expected 64 hexadecimal digits, "
-                    "which `mutirao federate keys` prints at the site)"
-                )
-        return dict(self.sites)
+        return {name: _read_public_key(name, key) for name, key in self.sites.items()}
 
 
 @dataclass(frozen=True)
@@ -173,6 +172,77 @@ def open_data(name: str, data: Path, work: Path, config: DataConfig) -> Path:
     if not (made / MANIFEST_NAME).exists():
         prepare_silo(name, data, made, config)
     return made
+
+
+def write_trained(recipe: FederationRecipe, plan: Plan, out: Path) -> None:
+    """Write what a finished run has trained: an adapter, or a model where all weights were."""
+    from mutirao.federated.coordinator.adapter import write_result
+
+    model = open_model(recipe.model, recipe.work)
+    work = recipe.coordinator_folder
+    write_result(work, out, plan, model=model, data={}, extra_files={}, metrics={})
+
+
+def open_begun(recipe: FederationRecipe) -> Coordinator:
+    """Return the coordinator of a recipe's run, which must have begun.
+
+    Raises:
+        RecipeError: it has not.
+    """
+    kept = load_json(Coordinator, recipe.coordinator_folder / COORDINATOR_NAME)
+    return kept.model_copy(update={"work": recipe.coordinator_folder.resolve()})
+
+
+def prepare_run_without(recipe: FederationRecipe, site: str, out: Path) -> Coordinator:
+    """Make a work folder in which a run goes on from before a site's first round, without it.
+
+    Args:
+        recipe: of the run.
+        site: who leaves.
+        out: new work folder, for a recipe without that site.
+
+    Raises:
+        InputError: the site took part in no round, the others are too few for the plan, or the
+            folder exists.
+    """
+    from mutirao.federated.coordinator.unlearning import prepare_without
+
+    made = prepare_without(open_begun(recipe), site, out / recipe.coordinator_folder.name)
+    write_atomic(out / PLAN_NAME, made.plan.model_dump_json(indent=1))
+    return made
+
+
+def replay_run_without(recipe: FederationRecipe, site: str, out: Path) -> Replay:
+    """Replay a run from its journal without a site, and write what it had trained; approximate.
+
+    Args:
+        recipe: of the run.
+        site: who leaves.
+        out: new folder of the replayed states; its folder 'result' gets adapter or model.
+
+    Raises:
+        InputError: the run hides single updates, the site was in no round or alone in one, or
+            the folder exists.
+    """
+    from mutirao.federated.coordinator.adapter import write_result
+    from mutirao.federated.coordinator.unlearning import replay_without
+
+    coordinator = open_begun(recipe)
+    replay = replay_without(coordinator, site, out)
+    model = open_model(recipe.model, recipe.work)
+    result = out / "result"
+    write_result(out, result, coordinator.plan, model=model, data={}, extra_files={}, metrics={})
+    return replay
+
+
+def _read_public_key(site: str, key: str) -> str:
+    try:
+        return public_hex(parse_public_key(key))
+    except InputError:
+        raise RecipeError(
+            f"sites.{site}={key!r} is not a public key (expected 64 hexadecimal digits or a PEM "
+            "file, which `mutirao federate keys` makes at the site)"
+        ) from None
 
 
 def simulated_sites(recipe: FederationRecipe) -> list[Site]:

@@ -25,11 +25,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
+import torch.distributed
 from torch import Tensor, nn
 
 from mutirao.errors import RankLostError
 
+_distributed: Any = torch.distributed  # much of it has no types
 TIMEOUT_S = 600.0
 """Longest wait for another rank's share of a step; an assumption, far above any step's time."""
 JOIN_TIMEOUT_S = 60.0
@@ -81,7 +82,7 @@ class Ranks:
         used = [parameter for parameter, count in zip(parameters, counts, strict=True) if count]
         for bucket in _buckets(used):
             flat = self._sum(torch.cat([_flat_gradient(parameter) for parameter in bucket]))
-            parts = flat.split([parameter.numel() for parameter in bucket])
+            parts = torch.split(flat, [parameter.numel() for parameter in bucket])
             for parameter, part in zip(bucket, parts, strict=True):
                 parameter.grad = part.view_as(parameter).to(parameter)
         return float(total)
@@ -128,11 +129,11 @@ def join(store_path: Path, rank: int, size: int) -> Ranks:
     Raises:
         RankLostError: the others did not come in time.
     """
-    store = dist.FileStore(str(store_path), size)
+    store = _distributed.FileStore(str(store_path), size)
     store.set_timeout(timedelta(seconds=JOIN_TIMEOUT_S))
     has_gpus = torch.cuda.is_available() and torch.cuda.device_count() >= size
     try:
-        if has_gpus and dist.is_nccl_available():
+        if has_gpus and _distributed.is_nccl_available():
             torch.cuda.set_device(rank)
             return Ranks(_nccl_group(store, rank, size), torch.device("cuda", rank))
         return Ranks(_gloo_group(store, rank, size))
@@ -143,8 +144,8 @@ def join(store_path: Path, rank: int, size: int) -> Ranks:
         ) from error
 
 
-def _gloo_group(store: dist.Store, rank: int, size: int) -> Any:
-    gloo: Any = dist.ProcessGroupGloo
+def _gloo_group(store: Any, rank: int, size: int) -> Any:
+    gloo = _distributed.ProcessGroupGloo
     options = gloo._Options()
     # The loopback address: what is added up concerns nobody outside, nor needs the host's name.
     options._devices = [gloo.create_device(hostname="127.0.0.1")]
@@ -152,8 +153,8 @@ def _gloo_group(store: dist.Store, rank: int, size: int) -> Any:
     return gloo(store, rank, size, options)
 
 
-def _nccl_group(store: dist.Store, rank: int, size: int) -> Any:
-    nccl: Any = dist.ProcessGroupNCCL
+def _nccl_group(store: Any, rank: int, size: int) -> Any:
+    nccl = _distributed.ProcessGroupNCCL
     options = nccl.Options()
     options._timeout = timedelta(seconds=TIMEOUT_S)
     return nccl(store, rank, size, options)

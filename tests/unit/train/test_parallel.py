@@ -10,9 +10,10 @@ import torch
 from mutirao.data.tokenization import Example
 from mutirao.errors import DataError, RankLostError
 from mutirao.formats.huggingface import load_causal_lm
+from mutirao.train import loop, packed
 from mutirao.train.config import TrainConfig
 from mutirao.train.loop import train
-from mutirao.train.packed import train_packed
+from mutirao.train.packed import take_windows, train_packed
 from mutirao.train.parallel import ALONE, join
 
 TOKENS = ((np.arange(500) * 7) % 20).astype(np.uint16)
@@ -29,12 +30,39 @@ EXAMPLES = [
 ]
 
 
+def gradients(model, ranks):
+    """Return the gradients of one step over packed text, and of one over records."""
+    parameters = list(model.parameters())
+    found = []
+    for backward in (backward_packed, backward_records):
+        loss_sum = ranks.sum_gradients(parameters, backward(model, ranks))
+        assert loss_sum > 0
+        found += [parameter.grad.reshape(-1) for parameter in parameters]
+        model.zero_grad(set_to_none=True)
+    return torch.cat(found).numpy()
+
+
+def backward_packed(model, ranks):
+    ids = take_windows(TOKENS, 3, 17, seed=0, name="n", step=0)[ranks.share(3)]
+    return packed._backward(model, ids, CONFIG, num_learned=48)
+
+
+def backward_records(model, ranks):
+    own = EXAMPLES[ranks.share(len(EXAMPLES))]
+    num_learned = sum(loop._count_learned(example) for example in EXAMPLES)
+    return loop._backward(model, CONFIG, own, pad_id=0, num_learned=num_learned)
+
+
 def train_both(model, ranks):
     """Train on packed text, three windows a step, and on records; some steps have one row."""
     result = train_packed(model, TOKENS, CONFIG, seed=0, name="n", num_steps=3, ranks=ranks)
-    packed = flat(model)
+    after = flat(model)
     more = train(model, EXAMPLES, CONFIG, pad_id=0, seed=1, ranks=ranks)
-    return packed, flat(model), (result.loss, more.loss, more.num_tokens, more.num_steps)
+    return after, flat(model), (result.loss, more.loss, more.num_tokens, more.num_steps)
+
+
+def norm(values):
+    return float(np.linalg.norm(values.astype(np.float64)))
 
 
 def flat(model):
@@ -54,11 +82,13 @@ def work(rank, out, model_path):
             with torch.no_grad():
                 next(model.parameters()).fill_(float("nan"))
         try:
-            packed, both, numbers = train_both(model, ranks)
+            gradient = gradients(model, ranks) if name != "nan" else None
+            after, both, numbers = train_both(model, ranks)
         except (RankLostError, DataError) as error:
             (out / f"{name}-{rank}.txt").write_text(f"{type(error).__name__}: {error}")
         else:
-            np.savez(out / f"{name}-{rank}.npz", packed=packed, both=both, numbers=numbers)
+            found = {"gradient": gradient, "packed": after, "both": both, "numbers": numbers}
+            np.savez(out / f"{name}-{rank}.npz", **found)
 
 
 @pytest.fixture(scope="module")
@@ -78,13 +108,16 @@ def out(tmp_path_factory, tiny_model_directory):
 
 def test_two_are_as_one_and_the_same_again(out, tiny_model_directory):
     model = load_causal_lm(tiny_model_directory, dtype="float32")[0].requires_grad_(True)
-    packed, both, numbers = train_both(model, ALONE)
+    start = flat(model)
+    gradient = gradients(model, ALONE)
+    after, both, numbers = train_both(model, ALONE)
     bytes_found = set()
     for name in ("first-0", "first-1", "second-0", "second-1"):
         found = np.load(out / f"{name}.npz")
-        # Adam divides by the root of small squares, which enlarges what rounding changed.
-        assert np.abs(found["packed"] - packed).max() < 1e-4
-        assert np.abs(found["both"] - both).max() < 1e-4
+        assert norm(found["gradient"] - gradient) < 1e-6 * norm(gradient)
+        # Adam makes whole steps of gradients that are nothing but rounding, as of a key's bias.
+        assert norm(found["packed"] - after) < 1e-2 * norm(after - start)
+        assert norm(found["both"] - both) < 1e-2 * norm(both - after)
         assert found["numbers"] == pytest.approx(numbers, rel=1e-5)
         bytes_found.add(found["both"].tobytes())
     assert len(bytes_found) == 1

@@ -29,7 +29,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -255,11 +255,12 @@ class CoordinatorJournal:
         write_atomic(self.status_path, json.dumps(status))
 
     def read_status(self) -> dict[str, Any]:
-        """Return the last status, or an empty mapping before the first."""
-        if not self.status_path.exists():
+        """Return the last status; empty before the first, or where it is damaged."""
+        try:
+            status = json.loads(self.status_path.read_bytes())
+        except (OSError, ValueError):
             return {}
-        status: dict[str, Any] = json.loads(self.status_path.read_bytes())
-        return status
+        return status if isinstance(status, dict) else {}
 
     def log_refusal(self, round_number: int, site: str, sentence: str) -> None:
         """Append what was refused to the log of refusals."""
@@ -271,15 +272,17 @@ class CoordinatorJournal:
         }
         with explain_disk_errors(self.refused_path):
             self.folder.mkdir(parents=True, exist_ok=True)
-            with self.refused_path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            with self.refused_path.open("a+b") as file:
+                is_torn = file.tell() > 0 and _last_byte(file) != b"\n"
+                text = ("\n" if is_torn else "") + json.dumps(line, ensure_ascii=False) + "\n"
+                file.write(text.encode())
 
     def refusals(self) -> list[dict[str, Any]]:
         """Return what was refused, in order; a line that was cut by a crash is left out."""
         if not self.refused_path.exists():
             return []
         rows = []
-        for line in self.refused_path.read_text(encoding="utf-8").splitlines():
+        for line in self.refused_path.read_bytes().splitlines():
             try:
                 rows.append(dict(json.loads(line)))
             except (ValueError, TypeError):
@@ -317,6 +320,11 @@ class CoordinatorJournal:
     def _state_bytes(self, round_number: int) -> int:
         folder = self.state_path(round_number, "global").parent
         return sum(path.stat().st_size for path in folder.iterdir())
+
+
+def _last_byte(file: BinaryIO) -> bytes:
+    file.seek(-1, os.SEEK_END)
+    return file.read(1)
 
 
 def outer_kinds(outer: OuterOptimizer) -> list[str]:

@@ -280,7 +280,14 @@ class Federation:
             command += ["--ssl-ca-certfile", str(made.ca), "--ssl-certfile", str(made.server)]
             command += ["--ssl-keyfile", str(made.server_key)]
             command += ["--enable-supernode-auth"] if self.node_keys else []
-        environment = {**self._environment, SECRET_VARIABLE: self._secret}
+        environment = {
+            **self._environment,
+            SECRET_VARIABLE: self._secret,
+            # Chunks of 5 MB pass through dozens of threads; glibc would keep them all.
+            "MALLOC_ARENA_MAX": "2",
+            "MALLOC_MMAP_THRESHOLD_": str(512 * 1024),
+            "MALLOC_TRIM_THRESHOLD_": str(1024 * 1024),
+        }
         return Child("SuperLink", command, environment, self.work / "logs" / "SuperLink.log")
 
     def _make_executor(self) -> Child:

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mutirao.artifact import write_atomic
 from mutirao.config import Config, load_json
@@ -50,12 +50,20 @@ class Invite(Config):
     """The run."""
     plan_sha256: str
     """Hash of what is agreed, for the site's policy."""
+    plan: Plan | None = None
+    """What is agreed, to be read before a policy allows it; null in invites of old."""
     coordinator_key: str
     """Public key of the coordinator, which signs all requests."""
     identities: dict[str, str]
     """Public key of each site, by name."""
     connection: Connection
     """Where the coordinator is, its certificate authority and the node's key."""
+
+    @model_validator(mode="after")
+    def _check_plan(self) -> Invite:
+        if self.plan is not None and self.plan.sha256 != self.plan_sha256:
+            raise ValueError("plan and plan_sha256 do not belong together")
+        return self
 
 
 def open_run(recipe: FederationRecipe) -> tuple[Plan, Coordinator, Certificates | None]:
@@ -94,6 +102,7 @@ def write_invites(recipe: FederationRecipe, folder: Path) -> list[Path]:
             site_key=site_key,
             run_id=coordinator.run_id,
             plan_sha256=plan.sha256,
+            plan=plan,
             coordinator_key=key,
             identities=dict(coordinator.sites),
             connection=Connection(
@@ -132,6 +141,25 @@ def read_invite(path: Path) -> Invite:
     return load_json(Invite, path)
 
 
+def check_invited(invite: Invite, work: Path, policy: Path | None = None) -> None:
+    """Check, before anything is done, that an invite is for this site; read its policy.
+
+    Raises:
+        InputError: the site's key is not the one that the coordinator knows.
+        RecipeError: the policy's file is missing or wrong.
+    """
+    from mutirao.federated.site.policy import load_policy
+
+    key = public_hex(open_identity(work / "identity"))
+    if key != invite.site_key:
+        raise InputError(
+            f"the key in {work / 'identity'} is {key}, but the invite is for {invite.site_key}; "
+            "name the work folder that has that key, or tell the coordinator this one"
+        )
+    if policy is not None:
+        load_policy(policy)
+
+
 def join(
     invite: Invite,
     *,
@@ -158,16 +186,8 @@ def join(
     from mutirao.data.config import DataConfig
     from mutirao.federated.flower.site_agent import open_worker, run_site
     from mutirao.federated.recipe import open_data, open_model
-    from mutirao.federated.site.policy import load_policy
 
-    key = public_hex(open_identity(work / "identity"))
-    if key != invite.site_key:
-        raise InputError(
-            f"the key in {work / 'identity'} is {key}, but the invite is for {invite.site_key}; "
-            "name the work folder that has that key, or tell the coordinator this one"
-        )
-    if policy is not None:
-        load_policy(policy)
+    check_invited(invite, work, policy)
     site = Site(
         name=invite.site,
         model=open_model(model, work),

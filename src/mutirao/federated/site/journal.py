@@ -128,12 +128,17 @@ class RunJournal:
 
         Raises:
             FederationError: the folder belongs to another run, or the run to another plan.
+            ArtifactError: the note is damaged.
         """
         path = self.folder / "run.json"
         note = RunNote(run=self.run_id, plan_sha256=plan.sha256)
         if not path.exists():
             write_atomic(path, canonical_json(note.model_dump(mode="json")))
-        elif _note(path) != note:
+        elif (kept := _note(path)) is None:
+            raise ArtifactError(
+                f"the journal {path} is damaged; remove {self.folder} to train anew in another run"
+            )
+        elif kept != note:
             raise FederationError(
                 f"run {self.run_id[:_RUN_CHARACTERS]} began with another plan at this site; begin "
                 "a new run with the new plan"

@@ -263,6 +263,6 @@ def _open_codes(folder: Path) -> NDArray[np.signedinteger[Any]]:
         codes: NDArray[np.signedinteger[Any]] = np.load(
             folder / "codes.npy", mmap_mode="r", allow_pickle=False
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise ProtocolError(f"the masked update of this round is damaged: {error}") from None
     return codes
