@@ -1,10 +1,11 @@
 """A small federation in processes that are killed at their writes, for tests.
 
 ``python crash_points.py WORLD OUT [SAMPLE]`` loads the tiny model once and then plays the
-federation: twice undisturbed, and once for each point. It forks a coordinator and one worker for
-each site, carries parcels between them, and starts again whoever died. A point is a process, the
-number of one of its writes to disk, and whether it dies just before or just after it, by SIGKILL
-and once. Points are all of the coordinator and of one site, or a sample of so many.
+federation: twice undisturbed, once for each point, and now and then with three points. It forks
+a coordinator and one worker for each site, carries parcels between them, and starts again whoever
+died. A point is a process, the number of one of its writes to disk, and whether it dies just
+before or just after it, by SIGKILL. Points are all of the coordinator and of one site, or a
+sample of so many.
 
 A write is a call that changes what a later process finds: a rename, an fsync, a removal, a
 cut. What a kill leaves is what the kernel was told before; a loss of power is not played.
@@ -65,8 +66,9 @@ class Point:
 class Outcome:
     """What a play came to."""
 
-    point: Point | None
-    was_killed: bool = False
+    points: tuple[Point, ...]
+    """Where processes were to die."""
+    num_killed: int = 0
     rounds: list = field(default_factory=list)
     """For each round what must not depend on crashes."""
     faults: list[str] = field(default_factory=list)
@@ -233,12 +235,13 @@ class Process:
 
 
 class Play:
-    """One federation from its start to its end, with one death."""
+    """One federation from its start to its end, with some deaths; a role's second in its
+    second life."""
 
-    def __init__(self, world: World, folder: Path, point: Point | None) -> None:
+    def __init__(self, world: World, folder: Path, points: tuple[Point, ...]) -> None:
         self.world, self.folder = world, folder
         self.coordinator, self.sites = world.open(folder)
-        self.outcome = Outcome(point)
+        self.outcome = Outcome(points)
         self.lives = dict.fromkeys([COORDINATOR, *(site.name for site in self.sites)], 0)
         self.processes: dict[str, Process] = {}
         self.said: dict[tuple, bytes] = {}
@@ -267,11 +270,11 @@ class Play:
         return self.outcome
 
     def start(self, role: str) -> None:
-        point = self.outcome.point
         self.lives[role] += 1
         if self.lives[role] > MAX_LIVES:
             raise RuntimeError(f"{role} died {MAX_LIVES} times")
-        its_point = point if point and point.role == role and self.lives[role] == 1 else None
+        points = [point for point in self.outcome.points if point.role == role]
+        its_point = points[self.lives[role] - 1] if self.lives[role] <= len(points) else None
         ours, theirs = Pipe()
         pid = os.fork()
         if pid:
@@ -349,7 +352,7 @@ class Play:
         if not is_killed:
             died = self.folder / f"{role}.died"
             raise RuntimeError(f"{role} ended with {status}: {died.read_text()[-1500:]}")
-        self.outcome.was_killed = True
+        self.outcome.num_killed += 1
         self.start(role)
         if role != COORDINATOR and COORDINATOR in self.processes and process.asked:
             self.tell(role, None)
@@ -395,7 +398,7 @@ class Play:
             if fault is not None:
                 self.outcome.faults.append(f"audit log of {site.name}: {fault}")
         left = [path for path in self.folder.rglob("*.partial*") if path.is_file()]
-        if left and self.outcome.point is None:
+        if left and not self.outcome.points:
             self.outcome.faults.append(f"left behind: {left}")
 
 
@@ -428,19 +431,21 @@ def main(world_folder: str, out: str, sample: str | None = None) -> None:
     gc.disable()
     outcomes: list[Outcome] = []
 
-    def play(point: Point | None) -> None:
+    def play(*points: Point) -> None:
         folder = Path(world_folder) / "plays" / f"{len(outcomes):05d}"
-        outcomes.append(Play(world, folder, point).run())
+        outcomes.append(Play(world, folder, points).run())
         if not outcomes[-1].faults:
             shutil.rmtree(folder)
 
-    play(None)
-    play(None)
-    points = all_points(outcomes[0].writes) if not outcomes[0].faults else []
-    if sample is not None:
-        points = random.Random(0).sample(points, min(int(sample), len(points)))
-    for point in points:
-        play(point)
+    play()
+    play()
+    if not outcomes[0].faults:
+        points, generator = all_points(outcomes[0].writes), random.Random(0)
+        some = points if sample is None else generator.sample(points, int(sample))
+        for point in some:
+            play(point)
+        for _ in range(len(some) // 4):
+            play(*generator.sample(points, 3))
     Path(out).write_text(json.dumps([asdict(outcome) for outcome in outcomes]))
 
 

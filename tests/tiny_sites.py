@@ -116,10 +116,11 @@ class TinyCoordinator:
             payloads=payloads or {},
         ).signed(self.key)
 
-    def whole(self, round_number: int, *, extra=None, **changes) -> Parcel:
-        """Return a request with the whole state in float32."""
+    def whole(self, round_number: int, *, extra=None, last_counted=None, **changes) -> Parcel:
+        """Return a request with the whole state in float32; ``changes`` are of the plan."""
         fields = StateFields(form="whole", state_sha256=hash_tensors(self.state))
-        request = TrainRequest(plan=self.plan.model_copy(update=changes), state=fields)
+        plan = self.plan.model_copy(update=changes)
+        request = TrainRequest(plan=plan, state=fields, last_counted=last_counted)
         payloads = tensor_payloads(encode_tensors(self.state, CodecConfig(format="fp32")))
         return self.sign("train", round_number, request, {**payloads, **(extra or {})})
 

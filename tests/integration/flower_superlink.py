@@ -5,10 +5,9 @@ from __future__ import annotations
 import secrets
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
-import httpx
 from flwr.common.serde import run_from_proto
 from flwr.proto.runtime_pb2 import AcquireTaskRequest, PullTaskInputRequest
 from flwr.supercore.constant import TaskType
@@ -43,12 +42,17 @@ class Link(Federation):
     def __exit__(self, *_: object) -> None:
         from mutirao.federated.flower.processes import stop
 
+        self.drop_grids()
+        stop(self.children)
+
+    def drop_grids(self) -> None:
+        """End the stand-ins; Flower ends the process of one whose SuperLink forgot it."""
         for sender in self.senders:
-            if sender.is_running:
-                sender.stop()
+            sender.stop()
         for grid in self.grids:
             grid.close()
-        stop(self.children)
+        self.senders.clear()
+        self.grids.clear()
 
     def open_grid(self) -> HttpGrid:
         """Start a run and stand in for its ServerApp."""
@@ -77,14 +81,7 @@ class Link(Federation):
         TaskIdentity.task_id, TaskIdentity.run_id = given.task_id, run_id
         TaskIdentity.node_id = given.context.node_id
         grid.set_run(run)
-        beat = make_task_heartbeat_fn_http(grid._runtime_client)
-
-        def beat_while_it_lasts() -> bool:
-            with suppress(httpx.HTTPStatusError):  # of a SuperLink that a test has killed
-                beat()
-            return True
-
-        sender = HeartbeatSender(beat_while_it_lasts)
+        sender = HeartbeatSender(make_task_heartbeat_fn_http(grid._runtime_client))
         sender.start()
         self.senders.append(sender)
         self.grids.append(grid)

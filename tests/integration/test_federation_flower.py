@@ -309,6 +309,7 @@ def test_agents_come_back_after_the_superlink_was_killed(tmp_path):
         network = FlowerNetwork(link.open_grid(), link.coordinator)
         with agent_thread(site, connection, echo(site)):
             wait_until(lambda: network.reachable() == {"north"})
+            link.drop_grids()
             link._link.process.kill()
             link._link.process.wait()
             link._executor.kill()

@@ -25,6 +25,7 @@ app.command("server")(federation.server)
 app.command("invite")(federation.invite)
 app.command("site")(federation.site)
 app.command("unlearn")(federation.unlearn)
+app.command("personalise")(federation.personalise)
 
 _MANY = 10
 """Tensor names that a line shows before it only counts them."""

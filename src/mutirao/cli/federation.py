@@ -187,6 +187,34 @@ def unlearn(
     )
 
 
+def personalise(
+    work: Annotated[Path, typer.Argument(help="The site's work folder.")],
+    out: Annotated[Path, typer.Option("--out", help="A new folder.", metavar="FOLDER")],
+    json: AsJson = False,
+) -> None:
+    """Train the final model a little further on this site's text alone; nothing leaves the site."""
+    import json as json_module
+
+    from mutirao.config import load_json
+    from mutirao.console import step_progress
+    from mutirao.federated.plan import Site
+    from mutirao.federated.site.personal import personalise as train_personal
+
+    site = load_json(Site, work / "site.json").model_copy(update={"work": work.resolve()})
+    with step_progress() as progress:
+        task = progress.add_task("training tokens", total=None)
+        made = train_personal(
+            site, out, on_tokens=lambda tokens: progress.update(task, completed=tokens)
+        )
+    losses = made.metrics["heldout_loss_before"], made.metrics["heldout_loss_after"]
+    if json:
+        told = {"path": str(out), "heldout_loss_before": losses[0], "heldout_loss_after": losses[1]}
+        typer.echo(json_module.dumps(told, indent=2))
+    else:
+        before, after = (f"{each:.3f}" if isinstance(each, float) else "?" for each in losses)
+        typer.echo(f"{out}: loss on this site's held-out text {before} → {after} nats per token")
+
+
 def _print_invite(known: Invite, *, with_plan: bool = True, as_json: bool = False) -> None:
     """Print what an invite says, without its secrets."""
     if as_json:

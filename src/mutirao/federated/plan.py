@@ -159,7 +159,8 @@ class Site(Config):
     """The adapter's rank at this site where it may differ (aggregation 'stacked'); null for
     the plan's."""
     num_processes: int = Field(default=1, ge=1)
-    """Processes that share each training step at this site."""
+    """Processes that share each training step at this site; each holds the whole model. Not with
+    differential privacy."""
 
     @field_validator("name")
     @classmethod

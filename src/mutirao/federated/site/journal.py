@@ -2,7 +2,8 @@
 
     work/log.jsonl                      what came and what left, for people
     work/progress.json                  how far the round has come
-    work/runs/RUN/run.json              which run, and the plan that it began with
+    work/runs/RUN/run.json              which run, and the hash of the plan that it began with
+    work/runs/RUN/plan.json             that plan
     work/runs/RUN/replica.safetensors   the state that all sites hold alike; its hash is its proof
     work/runs/RUN/privacy.json          what was spent of the run's privacy budget
     work/runs/RUN/round-NNN/            one round: optimizer, residuals, secure aggregation's
@@ -31,7 +32,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from mutirao.artifact import canonical_json, write_atomic
-from mutirao.config import Config
+from mutirao.config import Config, load_json
 from mutirao.errors import ArtifactError, FederationError, UpdateError, explain_disk_errors
 from mutirao.federated.arrays import read_arrays, write_arrays
 from mutirao.federated.codec import Tensors
@@ -40,6 +41,7 @@ from mutirao.federated.plan import RUN_ID, Plan
 from mutirao.federated.site.replica import hash_tensors
 
 RUNS = "runs"
+PLAN_NAME = "plan.json"
 REPLICA_NAME = "replica.safetensors"
 OPTIMIZER_NAME = "optimizer.pt"
 RESIDUALS_NAME = "residuals.safetensors"
@@ -79,11 +81,14 @@ class SiteJournal:
             raise UpdateError("a request names no run (expected 64 hexadecimal digits)")
         return RunJournal(self.folder / RUNS / run_id[:_RUN_CHARACTERS], run_id)
 
+    def runs(self) -> list[RunJournal]:
+        """Return all runs, the one that began last first."""
+        notes = sorted((self.folder / RUNS).glob("*/run.json"), key=_changed, reverse=True)
+        return [RunJournal(path.parent, note.run) for path in notes if (note := _note(path))]
+
     def runs_of(self, plan: Plan) -> list[RunJournal]:
         """Return the runs that began with a plan, the latest first."""
-        notes = sorted((self.folder / RUNS).glob("*/run.json"), key=_changed, reverse=True)
-        journals = [RunJournal(path.parent, note.run) for path in notes if (note := _note(path))]
-        return [each for each in journals if each.plan_sha256() == plan.sha256]
+        return [each for each in self.runs() if each.plan_sha256() == plan.sha256]
 
     def log(self, **event: Any) -> None:
         """Append one line to the site's log: what came, what left, when."""
@@ -133,6 +138,7 @@ class RunJournal:
         path = self.folder / "run.json"
         note = RunNote(run=self.run_id, plan_sha256=plan.sha256)
         if not path.exists():
+            write_atomic(self.folder / PLAN_NAME, plan.model_dump_json(indent=1))
             write_atomic(path, canonical_json(note.model_dump(mode="json")))
         elif (kept := _note(path)) is None:
             raise ArtifactError(
@@ -148,6 +154,14 @@ class RunJournal:
         """Return the hash of the plan that the run began with, or None before it began."""
         note = _note(self.folder / "run.json")
         return note.plan_sha256 if note else None
+
+    def read_plan(self) -> Plan:
+        """Return the plan that the run began with.
+
+        Raises:
+            RecipeError: it is missing or damaged.
+        """
+        return load_json(Plan, self.folder / PLAN_NAME)
 
     def read_replica(self) -> tuple[str, dict[str, NDArray[np.float32]]] | None:
         """Return the state held and its hash, computed from what is there; None without one."""

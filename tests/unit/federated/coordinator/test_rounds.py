@@ -310,6 +310,12 @@ def test_a_straggler_gets_the_whole_state_in_its_next_round(tmp_path):
     assert [line["sentence"] for line in lines] == ["site west answered for round 2 (expected 3)"]
     forms = [r.fields["state"]["form"] for r in sites["west"].asked if r.round == 3]
     assert forms[0] == "whole"
+    counted = {
+        name: [(r.round, r.fields["last_counted"]) for r in sites[name].asked if r.kind == "train"]
+        for name in ("west", "north")
+    }
+    assert counted["north"] == [(1, 0), (2, 1), (3, 2)]
+    assert set(counted["west"]) == {(1, 0), (2, 1), (3, 1)}  # it hears what became of round 2
 
 
 def test_a_settled_cohort_stays_settled_after_a_restart(tmp_path):

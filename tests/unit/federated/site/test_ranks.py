@@ -62,7 +62,6 @@ def difference(coordinator, one, two):
         np.concatenate([each.ravel() for _, each in sorted(coordinator.decode(answer).items())])
         for answer in (one, two)
     )
-    print(float(np.linalg.norm(first - second) / np.linalg.norm(first)))
     return float(np.linalg.norm(first - second) / np.linalg.norm(first))
 
 

@@ -41,10 +41,8 @@ def test_alone_begins_with_the_kept_first_round(world, tmp_path, monkeypatch):
     assert all((one[name] == two[name]).all() for name in one)
 
 
-def test_what_is_not_built_is_refused(world, tmp_path):
+def test_training_alone_needs_an_adapter(world, tmp_path):
     model, silo, coordinator = world
-    with pytest.raises(FederationError, match="num_processes=2 is not supported"):
-        LocalTrainer(make_site(tmp_path, model, silo, num_processes=2), coordinator.plan)
     full = coordinator.plan.model_copy(update={"lora": None})
     with pytest.raises(FederationError, match=r"plan\.lora is null"):
         train_alone(make_site(tmp_path, model, silo), full, tmp_path / "out")

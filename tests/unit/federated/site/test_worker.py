@@ -291,6 +291,24 @@ def test_error_feedback_goes_on_from_round_to_round(site, coordinator):
     assert any(not np.array_equal(run.read_residuals(2)[name], left[name]) for name in left)
 
 
+def test_a_round_that_did_not_count_leaves_no_trace(tmp_path, model, silo, coordinator):
+    federated = FEDERATED.model_copy(
+        update={"num_rounds": 5, "error_feedback": True, "upload": CodecConfig(format="int2")}
+    )
+    coordinator.plan = coordinator.plan.model_copy(update={"federated": federated})
+
+    def answers(name, *asked):
+        worker = SiteWorker(make_site(tmp_path / name, model, silo))
+        made = [worker.answer(coordinator.whole(n, last_counted=last)) for n, last in asked]
+        return [{k: v.tobytes() for k, v in each.payloads.items()} for each in made]
+
+    first, _, fourth, fifth = answers("one", (1, 0), (2, 1), (4, 1), (5, 4))
+    assert answers("two", (1, 0), (4, 1), (5, 4)) == [first, fourth, fifth]
+    assert answers("all", (1, 0), (2, 1), (4, 2))[2] != fourth
+    # None of its rounds counted: as at the start.
+    assert answers("none", (1, 0), (2, 0), (3, 0), (4, 0))[3] == answers("new", (4, 0))[0]
+
+
 def test_all_weights_over_packed_text_learn(tmp_path, model):
     data = make_packed(tmp_path / "packed")
     federated = FEDERATED.model_copy(
