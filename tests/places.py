@@ -148,10 +148,9 @@ class Places:
         self._running.append(process)
         return process
 
-    def interrupt(self, process: subprocess.Popen[bytes], timeout_s: float) -> int:
-        """Press Ctrl-C in a place's terminal; return how the script ended."""
+    def interrupt(self, process: subprocess.Popen[bytes]) -> None:
+        """Press Ctrl-C in a script's terminal."""
         os.killpg(process.pid, signal.SIGINT)
-        return process.wait(timeout_s)
 
     def num_processes(self, place: str) -> int:
         """Return how many processes run at a place."""

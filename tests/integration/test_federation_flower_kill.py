@@ -71,7 +71,7 @@ VICTIMS = {
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("victim", sorted(VICTIMS))
 def test_a_killed_process_changes_nothing(federation, victim):
     work, killed = federation.work(victim), []
@@ -91,7 +91,7 @@ def test_a_killed_process_changes_nothing(federation, victim):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_what_is_killed_again_and_again_is_given_up(federation, monkeypatch):
     monkeypatch.setattr(deployment, "MAX_RESTARTS", 2)
     work = federation.work("again")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import subprocess
 import time
 from pathlib import Path
 
@@ -57,7 +58,7 @@ class Reader:
 
     def __init__(self, places: Places) -> None:
         self._places = places
-        self._open: dict[str, object] = {}
+        self._open: dict[str, subprocess.Popen[bytes]] = {}
 
     def follow(self, step: re.Match[str]) -> None:
         who = WHO[step["who"]]
@@ -66,7 +67,9 @@ class Reader:
                 self._carry(line)
         elif step["key"]:
             for place in who:
-                code = self._places.interrupt(self._open.pop(place), LONGEST_S)
+                self._places.interrupt(self._open[place])
+            for place in who:
+                code = self._open.pop(place).wait(LONGEST_S)
                 assert code == 0, self._places.printed(place)
         elif step["stays"]:
             self._open |= {place: self._places.start(place, step["block"]) for place in who}

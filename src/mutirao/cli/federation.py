@@ -129,10 +129,13 @@ def site(
     With --dry-run it connects to nobody, and prints what the invite says: the plan, and keys that
     are to be compared with their owners'.
     """
+    import logging
+
     from mutirao.console import configure_logging
     from mutirao.federated.flower.invite import check_invited, join, read_invite
 
     configure_logging()
+    logging.getLogger("mutirao.federated.flower").setLevel(logging.INFO)
     known = read_invite(invite)
     if dry_run:
         check_invited(known, work, policy)

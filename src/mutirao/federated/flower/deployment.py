@@ -62,8 +62,8 @@ WATCH_S = 0.3
 MAX_RESTARTS = 6
 """Restarts without anything new in the journal before a federation gives up; an assumption:
 who kills more processes than that between two answers wants it to end."""
-START_S = 60.0
-APP_START_S = 90.0
+START_S = 120.0
+APP_START_S = 180.0
 """Longest time from a submitted run to its ServerApp's first word; it imports Flower and us."""
 
 

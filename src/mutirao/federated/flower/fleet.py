@@ -70,7 +70,7 @@ from mutirao.federated.flower.records import MAX_PAYLOADS, put_together
 HEARTBEAT_S = 10.0
 """What we promise, the least that Flower takes; it calls a node lost after twice that."""
 _BEAT_EVERY_S = 4.0
-_NUM_TRANSFERS = 4
+_NUM_TRANSFERS = 2
 """Chunks of 5 MB on their way at the same time."""
 _MAX_OBJECTS = 3 * MAX_PAYLOADS
 _PULL_TRIES = 600
@@ -137,6 +137,11 @@ class Fleet:
         self._beats = threading.Thread(target=self._beat, args=(self._stop_beats,), daemon=True)
         self._beats.start()
         return node_id
+
+    @property
+    def node_id(self) -> int:
+        """Our number at this SuperLink; 0 while not connected."""
+        return self._node.node_id
 
     def close(self) -> None:
         """Tell the coordinator that the node is leaving, if it can be told."""

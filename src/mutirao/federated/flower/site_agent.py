@@ -56,6 +56,7 @@ NOT_ACCEPTED_S = 60.0
 """A key that is not registered after so long is not going to be: a coordinator registers them
 as it starts, and forgets an earlier process of ours after 20 s."""
 _WORKER_TRIES = 3
+_SEND_TRIES = 3
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +70,8 @@ class _Job:
     sha256: str
     answer: bytes | None = None
     """None while it is worked on, and where the worker failed for good."""
+    num_sent: int = 0
+    """How often sending the answer was tried."""
 
 
 class SiteAgent:
@@ -164,6 +167,7 @@ class SiteAgent:
             error_reply = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, f"not accepted: {error}")
             fleet.send(Message(error_reply, reply_to=message))
             return
+        logger.info("round %d: asked for %r", parcel.round, parcel.kind)
         with self._lock:  # a newer request withdraws one that waits
             self._waiting = _Job(message, parcel.to_bytes(), parcel.sha256)
             self._lock.notify_all()
@@ -235,8 +239,13 @@ class SiteAgent:
     def _send_done(self, fleet: Fleet) -> None:
         while self._done:
             job = self._done[0]
-            with suppress(RunOver):
-                fleet.send(self._reply(job))
+            job.num_sent += 1
+            # A SuperLink that was started anew knows nothing of the request: its coordinator asks
+            # again. To send the answer all the same would fail for ever, and hold up all others.
+            is_known = job.message.metadata.dst_node_id == fleet.node_id
+            if is_known and job.num_sent <= _SEND_TRIES:
+                with suppress(RunOver):
+                    fleet.send(self._reply(job))
             with self._lock:
                 self._done.pop(0)
 

@@ -5,7 +5,8 @@ port can start a run, whose app the coordinator's machine then executes; through
 take over a run's task. Flower protects them by accounts, which need a service of Flower's. So
 one filter goes before all of it: what is not the Fleet interface (or the health check) is
 answered only to this machine, and starting runs or registering nodes besides only to who
-knows the secret of this run. Large bodies are refused before they are read.
+knows the secret of this run. Large bodies are refused before they are read, and few objects pass at
+the same time, so that memory does not grow with the sites.
 
 Runs as ``python -m mutirao.federated.flower.superlink``, with Flower's own arguments; the
 secret comes in the environment, never on the command line.
@@ -13,6 +14,7 @@ secret comes in the environment, never on the command line.
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import ipaddress
 import os
@@ -36,7 +38,12 @@ PRAGMAS = (
     ("mmap_size", "0"),
 )
 """SQLite's settings in place of Flower's."""
+MAX_TRANSFERS = 8
+"""Objects that pass at the same time, whoever sends or fetches them: each lies in memory several
+times over while it is taken apart, so that memory would else grow with the sites. The others wait
+with their bodies unread. Four sites use as many (``fleet``)."""
 _FOR_SITES = "/v1/fleet/"
+_OBJECTS = ("/push-object", "/pull-object")
 _CONTROL = "/v1/control/"
 
 
@@ -46,6 +53,7 @@ class Doors:
     def __init__(self, app: ASGIApp, secret: str) -> None:
         self._app = app
         self._secret = secret.encode()
+        self._transfers = asyncio.Semaphore(MAX_TRANSFERS)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or refuse it."""
@@ -53,7 +61,10 @@ class Doors:
             await self._app(scope, receive, send)
             return
         refusal = self._refuse(scope)
-        if refusal is None:
+        if refusal is None and scope["path"].endswith(_OBJECTS):
+            async with self._transfers:
+                await self._app(scope, receive, send)
+        elif refusal is None:
             await self._app(scope, receive, send)
         elif scope["type"] == "http":
             await PlainTextResponse("", status_code=refusal)(scope, receive, send)

@@ -12,7 +12,7 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
 from mutirao.federated.flower.connection import SECRET_HEADER
-from mutirao.federated.flower.superlink import MAX_BODY_BYTES, Doors
+from mutirao.federated.flower.superlink import MAX_BODY_BYTES, MAX_TRANSFERS, Doors
 
 SECRET = "s" * 64
 
@@ -66,3 +66,28 @@ def test_a_body_of_unknown_length_is_refused():
         yield b"x"
 
     assert ask("/v1/fleet/push-object", FAR, content=chunks()) == 411
+
+
+def test_few_objects_pass_at_the_same_time_and_all_pass_in_the_end():
+    inside_now, most = 0, 0
+
+    async def take_up(request):
+        nonlocal inside_now, most
+        inside_now += 1
+        most = max(most, inside_now)
+        await request.body()
+        await asyncio.sleep(0.001)
+        inside_now -= 1
+        return PlainTextResponse("taken")
+
+    routes = [Route("/{rest:path}", take_up, methods=["POST"])]
+    app = Starlette(routes=routes, middleware=[Middleware(Doors, secret=SECRET)])
+
+    async def post_all() -> list[int]:
+        transport = httpx.ASGITransport(app, client=(FAR, 5000))
+        async with httpx.AsyncClient(transport=transport, base_url="http://link") as line:
+            asked = [line.post("/v1/fleet/push-object", content=b"x") for _ in range(50)]
+            return [each.status_code for each in await asyncio.gather(*asked)]
+
+    assert asyncio.run(post_all()) == [200] * 50
+    assert most == MAX_TRANSFERS
