@@ -23,6 +23,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pretraining
 import torch
@@ -31,6 +32,7 @@ from pretraining import DATA, SITES, Setup, mean_loss
 
 from mutirao.artifact import write_atomic
 from mutirao.environment import runs_directory, silence
+from mutirao.federated.aggregation.low_rank import Factors
 from mutirao.federated.aggregation.low_rank_comparison import compare_rules
 
 PARTS = {"aggregator": "aggregator.json", "privacy": "privacy.json"}
@@ -167,26 +169,24 @@ def wall_times(folder: Path, setup: Setup, table: dict[str, Any]) -> dict[str, A
 
 
 def low_rank() -> dict[str, Any]:
-    """Return the error of each rule for adapters of four sites, with factors made up at random."""
+    """Return each rule's error for adapters of four sites, on factors made up at random."""
     generator = np.random.default_rng(0)
-    ranks, sizes = (16, 16, 16, 16), (576, 576)
-    factors = {
-        f"site{index}": (
-            generator.normal(size=(sizes[0], rank)).astype(np.float32),
-            generator.normal(size=(rank, sizes[1])).astype(np.float32),
+    outputs, inputs, rank = 576, 1536, 16
+    start = generator.uniform(-1, 1, (rank, inputs)) / np.sqrt(inputs)
+    layer = {
+        f"site{number}": Factors(
+            (0.01 * generator.normal(size=(outputs, rank))).astype(np.float32),
+            (start + 0.3 * generator.normal(size=(rank, inputs)) / np.sqrt(3 * inputs)).astype(
+                np.float32
+            ),
+            2.0,
         )
-        for index, rank in enumerate(ranks)
+        for number in range(4)
     }
-    try:
-        compared = compare_rules(factors, dict.fromkeys(factors, 1.0))
-    except TypeError as error:
-        return {"error": str(error)}
-    return {
-        "synthetic_factors": True,
-        "ranks": ranks,
-        "sizes": sizes,
-        "rules": {str(rule): each for rule, each in compared.items()},
-    }
+    compared = compare_rules({"down": layer}, dict.fromkeys(layer, 1.0))
+    sizes = {"outputs": outputs, "inputs": inputs, "rank": rank}
+    rules = {rule: asdict(report) for rule, report in compared.items()}
+    return {"factors": "synthetic", "sites": 4, "sizes": sizes, "rules": rules}
 
 
 def write(arguments: argparse.Namespace, setup: Setup, outer: dict[str, Any]) -> None:
@@ -201,11 +201,46 @@ def write(arguments: argparse.Namespace, setup: Setup, outer: dict[str, Any]) ->
         "setup": {**asdict(setup), "outer": outer, "sites": SITES},
         "pretraining": table,
         "wall_time_s": wall_times(arguments.run, setup, table),
+        "adapters": low_rank(),
     }
     for part, name in PARTS.items():
         path = arguments.out.parent / name
         document[part] = json.loads(path.read_bytes()) if path.exists() else None
+    if "synchronous" in table and len(table) > 1:
+        num_parameters = document["pretraining_parameters"] = _num_parameters(arguments.run)
+        draw(arguments.chart, table, setup.steps, setup.steps * 4 * num_parameters)
     write_atomic(arguments.out, json.dumps(document, indent=1, default=str) + "\n")
+
+
+def _num_parameters(folder: Path) -> int:
+    path = next(iter(folder.glob("results/*.json")))
+    return int(json.loads(path.read_bytes())["num_parameters"])
+
+
+def draw(path: Path, table: dict[str, Any], steps: int, synchronous_bytes: int) -> None:
+    """Draw perplexity and bytes of each row."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    labels = list(table)
+    for place, label in enumerate(labels):
+        values = list(table[label]["perplexity"].values())
+        left.plot([place] * len(values), values, "o", color="#1b6ca8", alpha=0.6)
+        left.plot([place - 0.25, place + 0.25], [statistics.fmean(values)] * 2, color="#1b6ca8")
+        row = table[label]
+        moved = (
+            synchronous_bytes
+            if label == "synchronous"
+            else row["bytes_per_round_up"] + row["bytes_per_round_down"]
+        )
+        right.bar(place, moved, color="#888888" if label == "synchronous" else "#1b6ca8")
+        right.annotate(f"{moved / 1e6:,.0f} MB", (place, moved), ha="center", va="bottom")
+    left.set_ylabel("held-out perplexity, each seed")
+    right.set_ylabel(f"bytes of a site, {steps} steps")
+    right.set_yscale("log")
+    for axes in (left, right):
+        axes.set_xticks(range(len(labels)), labels)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
+    plt.close(figure)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -190,3 +191,27 @@ def _check_that_the_watch_sees(places: Places) -> None:
     assert process.wait(60) == 0, places.printed("hospital")
     assert ["10.77.0.11", "10.77.0.12", "opens", "80"] in places.traffic()
     assert places.num_unroutable("hospital") > 0
+
+
+def test_nothing_stays_of_places_after_a_failure(tmp_path):
+    if reason := why_impossible():
+        pytest.skip(reason)
+
+    def fail():
+        with Places(tmp_path, {"here": "10.77.0.1", "there": "10.77.0.11"}) as places:
+            started.append(places.start("there", "touch came; trap '' INT TERM; sleep 600 & wait"))
+            deadline = time.monotonic() + 60
+            while not (places.folder("there") / "came").exists():
+                assert time.monotonic() < deadline, places.printed("there")
+                time.sleep(0.05)
+            assert places.num_processes("there") >= 2
+            namespaces.extend([places.namespace("here"), places.namespace("there")])
+            raise KeyboardInterrupt
+
+    started, namespaces = [], []
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert started[0].returncode == -signal.SIGKILL
+    shown = subprocess.run(["ip", "netns"], capture_output=True, text=True, check=True).stdout
+    assert len(namespaces) == 2
+    assert not any(name in shown for name in namespaces)
