@@ -52,7 +52,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         figure.legend(
             *canaries.get_legend_handles_labels(),
             loc="outside lower center",
-            ncols=6,
+            ncols=4,
             frameon=False,
         )
         path.parent.mkdir(parents=True, exist_ok=True)

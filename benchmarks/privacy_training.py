@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ def combine(start: State, updates: Sequence[State]) -> State:
     }
 
 
+@lru_cache
 def noise_of(condition: str, sizes: Sizes) -> tuple[float, float]:
     """Noise multiplier and claimed ε of a condition."""
     if not condition.startswith("dp-"):

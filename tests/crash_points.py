@@ -354,7 +354,8 @@ class Play:
             raise RuntimeError(f"{role} ended with {status}: {died.read_text()[-1500:]}")
         self.outcome.num_killed += 1
         self.start(role)
-        if role != COORDINATOR and COORDINATOR in self.processes and process.asked:
+        is_lost = any(life == self.lives[COORDINATOR] for life, _ in process.asked)
+        if is_lost and COORDINATOR in self.processes:
             self.tell(role, None)
 
     def end_sites(self) -> None:

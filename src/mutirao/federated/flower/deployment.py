@@ -18,8 +18,8 @@ import secrets
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -63,6 +63,8 @@ MAX_RESTARTS = 6
 """Restarts without anything new in the journal before a federation gives up; an assumption:
 who kills more processes than that between two answers wants it to end."""
 START_S = 120.0
+KILLED_S = 1.0
+"""So long after its connections broke a killed process may still seem to run."""
 APP_START_S = 180.0
 """Longest time from a submitted run to its ServerApp's first word; it imports Flower and us."""
 
@@ -197,6 +199,10 @@ def claim_port(port: int, host: str) -> int:
         return int(probe.getsockname()[1])
 
 
+class GivenUpError(FederationError):
+    """Processes ended again and again."""
+
+
 @dataclass
 class Federation:
     """The processes of one call, and what keeps them running."""
@@ -251,12 +257,15 @@ class Federation:
         """Start everything, keep it running until the rounds are done, and end it."""
         self._progress = self._measure()
         try:
-            self._start_link()
+            with self._unless_killed():
+                self._start_link()
             for each in self._sites:
                 each.start()
-            self._submit()
+            with self._unless_killed():
+                self._submit()
             while not self._is_finished():
-                self._restart_what_ended()
+                with self._unless_killed():
+                    self._restart_what_ended()
                 if on_watch is not None:
                     on_watch()
                 time.sleep(WATCH_S)
@@ -386,6 +395,20 @@ class Federation:
             self._count_restart(self._executor, f"the coordinator's ServerApp {reason}")
             self._submit()
 
+    @contextmanager
+    def _unless_killed(self) -> Iterator[None]:
+        """Bear what fails because the SuperLink was killed just then: the next look restarts it."""
+        try:
+            yield
+        except GivenUpError:
+            raise
+        except FederationError:
+            deadline = time.monotonic() + KILLED_S
+            while (code := self._link.exit_code) is None and time.monotonic() < deadline:
+                time.sleep(0.05)
+            if code is None or code >= 0:
+                raise
+
     def _why_app_ended(self) -> str | None:
         status = self._status()
         if status.get("state") == "crashed":
@@ -411,7 +434,7 @@ class Federation:
             what = f"the {child.label} ended unexpectedly ({describe_exit(code or 0)})"
         if self._restarts > MAX_RESTARTS:
             words = child.last_words()
-            raise FederationError(
+            raise GivenUpError(
                 f"{what}, after {MAX_RESTARTS} restarts without progress; finished rounds are "
                 f"kept: run the same command again, or see {child.log_path}"
                 + (f", which ends: {words}" if words else "")
