@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mutirao.errors import AuditError, DiskFullError
-from mutirao.federated import audit_log as audit_log_module
+from mutirao.federated.audit import log as audit_log_module
 from mutirao.federated.audit.check import head_path, verify_log
 from mutirao.federated.audit.log import AuditLog
 from mutirao.federated.audit.record import Release, make_head, parse_line

@@ -8,7 +8,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from mutirao.errors import AuditError, InputError
-from mutirao.federated import audit_log as audit_log_module
+from mutirao.federated.audit import log as audit_log_module
 from mutirao.federated.audit.check import head_path, total_bytes, verify_log
 from mutirao.federated.audit.log import AuditLog
 from mutirao.federated.audit.record import (
