@@ -442,7 +442,7 @@ def find_child(process, command, timeout_s=120.0):
         assert process.poll() is None, process.communicate()[1]
         for child in descendants(process.pid):
             try:
-                if any(Path(part).name == command for part in child.cmdline()[:2]):
+                if any(Path(part).name == command for part in child.cmdline()[:3]):
                     return child
             except psutil.Error:
                 continue

@@ -102,7 +102,7 @@ def test_5_each_sites_log_tells_the_bytes_that_left(small_road):
         told = {
             line["round"]: line["bytes_sent"]
             for line in map(json.loads, text.splitlines())
-            if line["event"] == "left the site"
+            if line["event"] == "left the site" and line["kind"] == "update"
         }
         assert told == {row["round"]: row["sites"][name]["bytes_sent"] for row in rounds}
 

@@ -74,12 +74,20 @@ def test_other_folders_are_refused(tmp_path: Path) -> None:
         read_federation(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["rounds.json", "coordinator.json", "status.json"])
+@pytest.mark.parametrize("name", ["rounds.json", "coordinator.json"])
 def test_damaged_files_are_named(tmp_path: Path, name: str) -> None:
     work = write_coordinator(tmp_path / "work")
     (work / name).write_text('["cut')
     with pytest.raises((ArtifactError, RecipeError), match=name):
         read_federation(work)
+
+
+def test_a_damaged_status_is_listed_as_missing(tmp_path: Path) -> None:
+    work = write_coordinator(tmp_path / "work")
+    (work / "status.json").write_text('["cut')
+    summary = read_federation(work)
+    assert summary.state == "unknown"
+    assert "where the run stands (status.json)" in summary.missing
 
 
 def test_measures_keep_finite_numbers_alone(tmp_path: Path) -> None:

@@ -258,7 +258,7 @@ class CoordinatorJournal:
         """Return the last status; empty before the first, or where it is damaged."""
         try:
             status = json.loads(self.status_path.read_bytes())
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return {}
         return status if isinstance(status, dict) else {}
 

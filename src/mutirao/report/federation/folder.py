@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from mutirao.config import load_json
-from mutirao.errors import ArtifactError, InputError
+from mutirao.errors import InputError
 from mutirao.federated.coordinator.journal import (
     COORDINATOR_NAME,
     CoordinatorJournal,
@@ -179,10 +179,11 @@ def read_federation(work: Path) -> FederationSummary:
     coordinator = load_json(Coordinator, path) if path.exists() else None
     num_values, num_tensors = _sizes(journal)
     measures = read_measures(work)
-    status = _read_status(journal)
+    status = journal.read_status()
     names = {*(coordinator.sites if coordinator else ())}
     names.update(site for each in records for site in (*each.sites, *each.missing))
     checks = [
+        (bool(status), "where the run stands (status.json)"),
         (bool(records), "finished rounds (rounds.json)"),
         (coordinator is not None, f"the plan and the sites' keys ({COORDINATOR_NAME})"),
         (num_values is not None, "a state, which tells how much is trained (state)"),
@@ -201,15 +202,6 @@ def read_federation(work: Path) -> FederationSummary:
         measures=measures,
         missing=tuple(what for is_there, what in checks if not is_there),
     )
-
-
-def _read_status(journal: CoordinatorJournal) -> dict[str, Any]:
-    try:
-        return dict(journal.read_status())
-    except (ValueError, TypeError, RecursionError):
-        raise ArtifactError(
-            f"{journal.status_path} is damaged; remove it: the coordinator writes it again"
-        ) from None
 
 
 def _sizes(journal: CoordinatorJournal) -> tuple[int | None, int | None]:

@@ -1,6 +1,5 @@
 """Models for attacks: a table that may know secrets, and a small decoder that overfits."""
 
-import logging
 import math
 from collections.abc import Sequence
 
@@ -105,7 +104,6 @@ def overfit(model, examples, *, num_epochs, learning_rate=1e-2, tokens_per_step=
 def train_with_noise(
     model, units, *, noise_multiplier, num_steps, units_per_step, seed=0, num_units=None
 ):
-    logging.getLogger("mutirao.train.private").setLevel(logging.ERROR)
     private = PrivateConfig(
         num_units=num_units or len(units),
         units_per_step=units_per_step,

@@ -156,7 +156,7 @@ def test_a_site_killed_before_its_answer_was_kept_does_not_train_a_second_update
     class Killed(BaseException):
         pass
 
-    def die(*_):
+    def die(*_, **__):
         raise Killed
 
     with monkeypatch.context() as patch:
