@@ -36,8 +36,13 @@ from mutirao.federated.aggregation.low_rank import Factors
 from mutirao.federated.aggregation.low_rank_comparison import compare_rules
 
 PARTS = {"aggregator": "aggregator.json", "privacy": "privacy.json"}
-GIGABITS = (1, 10)
-FEDERATED = ("bf16", "int8", "int4")
+GIGABITS = (0.1, 1, 10)
+IN_TURN = "turns-bf16"
+FEDERATED = (IN_TURN, "turns-int8", "turns-int4", "together-bf16")
+ROWS = (
+    "synchronous:0 turns-bf16:0 synchronous:1 turns-bf16:1 synchronous:2 turns-bf16:2 "
+    "turns-int4:0 turns-int8:0 together-bf16:0"
+)
 
 
 def main() -> int:
@@ -45,7 +50,7 @@ def main() -> int:
     parser.add_argument("--run", type=Path, default=runs_directory() / "bench-federated")
     parser.add_argument(
         "--rows",
-        default="synchronous:0 bf16:0 int4:0 int8:0 synchronous:1 bf16:1 synchronous:2 bf16:2",
+        default=ROWS,
         help="what to run, as label:seed; two calls may share the work",
     )
     parser.add_argument("--threads", type=int, default=2)
@@ -87,7 +92,7 @@ def run_row(folder: Path, setup: Setup, outer: dict[str, Any], label: str, seed:
     if label == "synchronous":
         result = pretraining.synchronous(folder, setup, seed)
     else:
-        settings = {"outer": outer, **pretraining.codec_settings(label)}
+        settings = {"outer": outer, **pretraining.row_settings(label)}
         result = pretraining.federated(folder, folder / f"{label}-{seed}", setup, seed, settings)
     result |= {"label": label, "seed": seed, "seconds": time.monotonic() - started}
     write_atomic(path, json.dumps(result, indent=1))
@@ -109,7 +114,7 @@ def summarise(folder: Path, setup: Setup) -> dict[str, Any]:
             "perplexity": {seed: math.exp(loss) for seed, loss in losses.items()},
             "mean_perplexity": statistics.fmean(math.exp(loss) for loss in losses.values()),
         }
-        for other, others in (("synchronous", synchronous), ("bf16", _of(by_row, "bf16"))):
+        for other, others in (("synchronous", synchronous), (IN_TURN, _of(by_row, IN_TURN))):
             ratios = [
                 math.exp(losses[seed] - mean_loss(others[seed]["curve"][-1]))
                 for seed in losses
@@ -147,7 +152,7 @@ def wall_times(folder: Path, setup: Setup, table: dict[str, Any]) -> dict[str, A
 
     A step takes what the synchronous run's step took in processor time, divided by the sites;
     a message takes its bytes over the bandwidth, up and down after one another, nothing overlaps,
-    and latency is left out.
+    and latency is left out. Sites that take turns wait for each other.
     """
     paths = sorted(folder.glob("results/synchronous-*.json"))
     if not paths:
@@ -163,7 +168,8 @@ def wall_times(folder: Path, setup: Setup, table: dict[str, Any]) -> dict[str, A
         for label in FEDERATED:
             if label in table:
                 moved = table[label]["bytes_per_round_up"] + table[label]["bytes_per_round_down"]
-                rows[label] = num_steps * step_s + setup.rounds * moved / per_s
+                num_turns = len(SITES) if label.startswith("turns") else 1
+                rows[label] = num_turns * (num_steps * step_s + setup.rounds * moved / per_s)
         times[f"{gigabits} Gbit/s"] = rows
     return times
 

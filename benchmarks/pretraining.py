@@ -9,8 +9,11 @@ rest; a twentieth is held out. From the start, with the same text, seed by seed:
 
     synchronous    each step takes the mean gradient of the four sites' windows: data parallel,
                    with the same number of steps after one another as a site does
-    federated      rounds of ``steps`` local steps through the simulation, which signs, encodes
-                   and journals all that would travel
+    in turn        rounds of ``steps`` local steps at one site, from which the model goes on to
+                   the next; through the simulation, which signs, encodes and journals all that
+                   would travel
+    together       the same steps at all sites in every round, from the same state, and the mean
+                   of what they learned
 
 Tokens and floating-point operations are the same in all rows. Measured is the mean loss on the
 four institutes' held-out text, of the state that the sites hold at the end, and every byte of
@@ -77,13 +80,16 @@ class Setup:
     """Windows of a step at each site."""
     steps: int = 500
     """Local steps in a round: H."""
-    rounds: int = 3
+    rounds: int = 2
+    """Of each site."""
     learning_rate: float = 5e-4
     skew: float = 0.55
     """Share of an institute's documents that lies at one site; 0.25 would be all alike."""
     start_steps: int = 2_000
     """Steps on published text that make the start, of eight windows, at a constant rate."""
     start_rate: float = 1e-3
+    compute_dtype: str = "float32"
+    """Of training; bfloat16 takes ten times as long where a processor has no products of it."""
 
     @property
     def train(self) -> TrainConfig:
@@ -96,7 +102,7 @@ class Setup:
             max_tokens_per_example=self.window,
             weight_decay=0.1,
             beta2=0.95,
-            compute_dtype="bfloat16",
+            compute_dtype=self.compute_dtype,
         )
 
     @property
@@ -260,8 +266,9 @@ def federated(
     folder: Path, run: Path, setup: Setup, seed: int, settings: dict[str, Any]
 ) -> dict[str, Any]:
     """Train by rounds, and measure; goes on where it was interrupted."""
+    num_rounds = setup.rounds * settings.get("turns", 1)
     config = FederatedConfig(
-        num_rounds=setup.rounds,
+        num_rounds=num_rounds,
         tokens_per_round=setup.steps * setup.step_tokens,
         monitor_tokens=0,
         round_timeout_s=1e6,
@@ -286,7 +293,7 @@ def federated(
     records = simulate(plan, sites, run)
     seconds = time.process_time() - started
     model = load_causal_lm(folder / "start", dtype="float32")[0]
-    state = CoordinatorJournal(run).open_state(setup.rounds, "replica")
+    state = CoordinatorJournal(run).open_state(num_rounds, "replica")
     own = dict(model.named_parameters())
     with torch.no_grad():
         for name in state.names:
@@ -302,7 +309,7 @@ def federated(
 def count_bytes(records: list[RoundRecord]) -> dict[str, Any]:
     """Return the bytes that one site sends and receives, without and with the first state."""
     one = sorted(SITES)[0]
-    rounds = [record.sites[one] for record in records]
+    rounds = [record.sites[one] for record in records if one in record.sites]
     first = rounds[0].bytes_received
     return {
         "bytes_up_per_site": sum(each.bytes_sent for each in rounds),
@@ -313,10 +320,16 @@ def count_bytes(records: list[RoundRecord]) -> dict[str, Any]:
     }
 
 
-def codec_settings(label: str) -> dict[str, Any]:
-    """Return the codecs of a row: the same bits both ways."""
-    codec = CodecConfig(format=label, block_size=256)  # type: ignore[arg-type]
-    return {"upload": codec, "download": codec, "error_feedback": label != "bf16"}
+def row_settings(label: str) -> dict[str, Any]:
+    """Return the turns of a row, and its codecs: the same bits both ways."""
+    way, _, bits = label.partition("-")
+    codec = CodecConfig(format=bits, block_size=256)  # type: ignore[arg-type]
+    return {
+        "turns": len(SITES) if way == "turns" else 1,
+        "upload": codec,
+        "download": codec,
+        "error_feedback": bits != "bf16",
+    }
 
 
 def mean_loss(losses: dict[str, float]) -> float:

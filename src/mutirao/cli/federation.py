@@ -327,8 +327,10 @@ def _progress(work: Path, plan: Plan, sites: list[str]) -> Iterator[Callable[[],
             if status.get("phase"):
                 told = f"round {status['round']}, {status['phase']}"
                 names = f": {', '.join(waiting)}" if waiting else ""
-                done = len(sites) - len(waiting)
-                bars.update(answers, description=told + names, completed=done)
+                is_training = status["phase"] == "train"
+                asked = plan.federated.group(sites, status["round"]) if is_training else sites
+                done = len(asked) - len(waiting)
+                bars.update(answers, description=told + names, completed=done, total=len(asked))
 
         yield show
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -59,6 +60,9 @@ class FederatedConfig(Config):
 
     num_rounds: int = Field(default=3, ge=1)
     """Rounds of local training and aggregation."""
+    turns: int = Field(default=1, ge=1)
+    """Groups that the sites are split into, of which one trains in each round; 1 for all sites in
+    every round. With as many turns as sites the model travels from one to the next."""
     tokens_per_round: int = Field(default=10_050, ge=1)
     """Training tokens at each site in each round, in whole examples."""
     aggregation: Aggregation = "mean"
@@ -97,6 +101,17 @@ class FederatedConfig(Config):
     """Longest wait for enough sites to connect, in seconds."""
     port: int = Field(default=0, ge=0, le=65_535)
     """Port of the SuperLink; 0 takes a free one."""
+
+    def group(self, sites: Iterable[str], round_number: int) -> tuple[str, ...]:
+        """Return the sites whose turn a round is, sorted."""
+        return tuple(sorted(sites)[(round_number - 1) % self.turns :: self.turns])
+
+    def basis(self, round_number: int) -> int:
+        """Return the round whose state the next group holds, after a round; 0 for the start.
+
+        That group had its last turn ``turns`` rounds before, and was given the state before that.
+        """
+        return max(0, round_number - self.turns)
 
 
 class Plan(Config):

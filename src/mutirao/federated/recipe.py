@@ -294,6 +294,7 @@ def _privacy(plan: Plan) -> tuple[float | None, float | None]:
     phase = Phase(
         sampling_probability=training.sampling_probability,
         noise_multiplier=training.noise_multiplier,
-        num_steps=plan.federated.num_rounds * privacy.steps_per_round,
+        num_steps=math.ceil(plan.federated.num_rounds / plan.federated.turns)
+        * privacy.steps_per_round,
     )
     return epsilon_spent([phase], privacy.delta), privacy.delta

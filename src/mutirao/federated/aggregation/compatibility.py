@@ -292,9 +292,19 @@ def check_plan(plan: Plan, num_sites: int) -> None:
 def _find_unbuilt(plan: Plan) -> list[str]:
     """Return a sentence for each setting that would have no effect."""
     federated = plan.federated
-    if federated.secure is None:
-        return []
     found = []
+    if federated.turns > 1 and federated.aggregation in ("fedex", "stacked"):
+        found.append(
+            f"federated.turns is not built for aggregation={federated.aggregation}; let all sites "
+            "train in every round."
+        )
+    if federated.secure is None:
+        return found
+    if federated.turns > 1:
+        found.append(
+            "federated.turns is not built for secure aggregation, and small groups would hide "
+            "less; let all sites train in every round."
+        )
     if federated.error_feedback:
         found.append("federated.error_feedback is not built for secure aggregation; leave it out.")
     if federated.max_update_norm is not None:
@@ -308,11 +318,17 @@ def _find_unbuilt(plan: Plan) -> list[str]:
 def _find_too_few(plan: Plan, num_sites: int) -> list[str]:
     federated = plan.federated
     found = []
-    if federated.quorum > num_sites:
+    group = num_sites // federated.turns
+    if group == 0:
         found.append(
-            f"federated.quorum={federated.quorum} is more than the {num_sites} sites of the run."
+            f"federated.turns={federated.turns} is more than the {num_sites} sites of the run."
         )
-    fewest = federated.quorum or num_sites
+    elif federated.quorum > group:
+        whole = "the run" if federated.turns == 1 else "a turn"
+        found.append(
+            f"federated.quorum={federated.quorum} is more than the {group} sites of {whole}."
+        )
+    fewest = federated.quorum or group
     try:
         if federated.aggregation == "trimmed_mean":
             trimmed_rule(fewest, federated.num_faulty)

@@ -90,13 +90,12 @@ class TrainStep:
         self._terms = terms
         self._config = requests.coordinator.plan.federated
         self._state_sha256 = requests.journal.replica_sha256(round_number - 1)
-        last = requests.journal.records()[-1:]
-        self._have_replica = set(last[0].sites) if last else set()
+        self._holders = requests.holders(round_number - 1)
 
     def ask(self, site: str, needs_whole: bool) -> Parcel:
-        """Return the request for a site: the change if it took part in the round before."""
-        has_replica = site in self._have_replica and not needs_whole
-        return self._request(site, "change" if has_replica else "whole")
+        """Return the request for a site: the change if it took part in its last turn."""
+        is_holder = site in self._holders and not needs_whole
+        return self._request(site, "change" if is_holder else "whole")
 
     def check(self, parcel: Parcel) -> None:
         """Check an update, or under secure aggregation the promise of one, and note it.

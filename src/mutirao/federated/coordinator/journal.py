@@ -5,9 +5,9 @@
     work/refused.jsonl        what was refused, from whom and why
     work/state/NNN/           the state after round NNN; 000 is the start
         global.safetensors    the float32 master
-        replica.safetensors   what all sites hold alike
+        replica.safetensors   what the sites of the next round hold alike
         outer.safetensors     what the outer optimizer remembers
-        change.safetensors    what led from the replica before to this one, as it travels
+        change.safetensors    what leads to this replica from the one that they held
     work/rounds/NNN/updates/  each site's accepted update, as it came
     work/rounds/NNN/cohort.json  whose updates make the round, once that is settled
     work/rounds/NNN/secure/   the messages of secure aggregation instead
@@ -154,10 +154,13 @@ class CoordinatorJournal:
                 f"{self.folder} to train anew"
             ) from None
 
-    def append(self, record: RoundRecord) -> None:
-        """Make a finished round count; its state must be there. Old large states are removed."""
+    def append(self, record: RoundRecord, *, num_kept: int = 2) -> None:
+        """Make a finished round count; its state must be there.
+
+        Of states that are large, the last ``num_kept`` stay.
+        """
         self.write_records([*self.records(), record])
-        self._prune(record.round)
+        self._prune(record.round, num_kept)
 
     def write_records(self, records: list[RoundRecord]) -> None:
         """Set the finished rounds."""
@@ -306,7 +309,7 @@ class CoordinatorJournal:
         path = self.round_folder(round_number) / "cohort.json"
         write_atomic(path, json.dumps(sorted(sites)))
 
-    def _prune(self, round_number: int) -> None:
+    def _prune(self, round_number: int, num_kept: int) -> None:
         """Remove what no later round needs, where states are large."""
         for path in self.folder.glob("state/*/whole.safetensors"):
             if int(path.parent.name) < round_number:
@@ -314,7 +317,7 @@ class CoordinatorJournal:
         if self._state_bytes(round_number) < SMALL_STATE_BYTES:
             return
         for folder in self.folder.glob("state/*"):
-            if 0 < int(folder.name) < round_number - 1:
+            if 0 < int(folder.name) <= round_number - num_kept:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def _state_bytes(self, round_number: int) -> int:

@@ -3,7 +3,8 @@
 For each tensor, in the order of names: the mean, the outer step, and the change that the sites
 get. The change is encoded, and what is decoded from it is added to the replica, here as at the
 sites. What encoding lost is still in the difference of the two and goes out with the next
-round. The same mean and the same state before give the same bytes.
+round. The same mean and the same state before give the same bytes. Where groups of sites take
+turns, the change leads from what the next group was given last, and so does the replica.
 
 Memory: about 20 bytes for each value of the largest tensor, however many sites and tensors.
 """
@@ -62,7 +63,7 @@ def write_next_state(
         config: outer step and download.
         mean: gives the round's mean update.
         directions: hears every tensor of it, for the record.
-        source: has the state after the round before, where ``journal`` has not.
+        source: has the states before, where ``journal`` has not.
 
     Returns:
         The hashes of the new state.
@@ -71,7 +72,8 @@ def write_next_state(
         ArtifactError: the state before is damaged.
         UpdateError: the step leads out of float32; nothing of the round may be kept.
     """
-    before = {part: (source or journal).open_state(round_number - 1, part) for part in PARTS}
+    numbers = dict.fromkeys(PARTS, round_number - 1) | {"replica": config.basis(round_number)}
+    before = {part: (source or journal).open_state(numbers[part], part) for part in PARTS}
     shapes = before["global"].shapes
     hashes = {part: hashlib.sha256() for part in ("global", "replica")}
     with _writing_state(journal, round_number, config, shapes) as files:

@@ -44,6 +44,7 @@ class Requests:
         self.coordinator = coordinator
         self.journal = journal
         self._key = key
+        self._config = coordinator.plan.federated
         self._kept: dict[tuple[str, int, str, int], Parcel] = {}
         self._counted: tuple[int, dict[str, int]] | None = None
 
@@ -93,6 +94,12 @@ class Requests:
         )
         return parcel.signed(self._key)
 
+    def holders(self, number: int) -> set[str]:
+        """Return who was given the state that the change to a state is based on."""
+        given = self._config.basis(number) + 1  # the round in which it was sent
+        records = self.journal.records()[given - 1 : given] if number >= self._config.turns else []
+        return {site for each in records for site in each.sites}
+
     def _keep(self, key: tuple[str, int, str, int], parcel: Parcel) -> None:
         """Keep a request of this round, and forget those of others."""
         self._kept = {other: kept for other, kept in self._kept.items() if other[1] == key[1]}
@@ -121,7 +128,7 @@ class Requests:
             fields = StateFields(form="whole", state_sha256=wanted, ranks=ranks)
         else:
             file = self.journal.open_state(number, "change")
-            before = self.journal.replica_sha256(number - 1)
+            before = self.journal.replica_sha256(self._config.basis(number))
             fields = StateFields(form="change", based_on=before, state_sha256=wanted, ranks=ranks)
         return fields, tensor_payloads({name: file.map_bytes(name) for name in file.names})
 

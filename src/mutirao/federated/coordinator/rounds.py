@@ -1,6 +1,7 @@
 """The coordinator's run: round after round, from wherever the journal stands.
 
-In each round every site is asked for an update from the state that all hold. Each update is
+In each round every site, or every site whose turn it is, is asked for an update from the state
+that all of these hold. Each update is
 checked when it arrives and kept as a file; when all are there, or enough of them at the
 deadline, they are folded into the next state, and the round's record makes it count. A killed
 coordinator begins a round where it stood: updates that are there are not asked for again. The
@@ -169,11 +170,11 @@ class _Run:
         record = record.model_copy(
             update={
                 "seconds": self._clock() - started,
-                "missing": tuple(site for site in self._sites if site not in record.sites),
+                "missing": tuple(site for site in self._group(number) if site not in record.sites),
                 "refused": tuple(sorted(self._journal.refused_sites(number) & {*self._sites})),
             }
         )
-        self._journal.append(record)
+        self._journal.append(record, num_kept=self._config.turns + 1)
         remove_messages(self._journal, before=number + 1)
         self._tell(RoundFinished(record))
 
@@ -181,15 +182,15 @@ class _Run:
         shapes = trained_shapes(self._journal, number - 1, self._config)
         train = TrainStep(self._requests, number, shapes)
         kept = self._kept_updates(number, train)
-        self._tell(RoundStarted(number, self._config.num_rounds, self._sites, tuple(kept)))
+        group = self._group(number)
+        self._tell(RoundStarted(number, self._config.num_rounds, group, tuple(kept)))
 
         def accept(parcel: Parcel) -> None:
             train.check(parcel)
             write_parcel(self._journal.update_path(number, parcel.sender), parcel)
 
-        step = Step(
-            "train", number, self._sites, train.ask, accept, least=self._config.quorum, kept=kept
-        )
+        least = self._config.quorum
+        step = Step("train", number, group, train.ask, accept, least=least, kept=kept)
         settled = self._journal.read_cohort(number)
         if settled is not None and kept.keys() >= {*settled}:
             answered = settled
@@ -238,7 +239,7 @@ class _Run:
     def _kept_updates(self, number: int, train: TrainStep) -> dict[str, str]:
         """Return the hashes of sound updates from before a restart; others are removed."""
         kept = {}
-        for site in self._sites:
+        for site in self._group(number):
             path = self._journal.update_path(number, site)
             if not path.exists():
                 continue
@@ -253,6 +254,9 @@ class _Run:
                 path.unlink()
         return kept
 
+    def _group(self, number: int) -> tuple[str, ...]:
+        return self._config.group(self._sites, number)
+
     def _is_own(self, parcel: Parcel, site: str, number: int) -> bool:
         is_named = (parcel.sender, parcel.run, parcel.round) == (
             site,
@@ -264,11 +268,11 @@ class _Run:
     def _finish(self) -> None:
         """Hand out the final state; a site that cannot be reached now goes without it."""
         number = self._config.num_rounds
-        have_replica = set(self._journal.records()[-1].sites)
+        holders = self._requests.holders(number)
 
         def request(site: str, needs_whole: bool) -> Parcel:
-            has_replica = site in have_replica and not needs_whole
-            return self._requests.finish(number, "change" if has_replica else "whole")
+            is_holder = site in holders and not needs_whole
+            return self._requests.finish(number, "change" if is_holder else "whole")
 
         def accept(parcel: Parcel) -> None:
             answer = read_fields(DoneAnswer, parcel) if parcel.kind == "done" else None

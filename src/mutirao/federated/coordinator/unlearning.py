@@ -78,7 +78,8 @@ def replay_without(coordinator: Coordinator, site: str, out: Path) -> Replay:
     target = CoordinatorJournal(out)
     _copy(coordinator.work, out, f"state/{0:03d}", START_FOLDER)
     for record in records:
-        target.append(_replay_round(coordinator, journal, target, record, site))
+        replayed = _replay_round(coordinator, journal, target, record, site)
+        target.append(replayed, num_kept=config.turns + 1)
     distance, moved = _distances(journal, target, len(records))
     return Replay(
         work=out,

@@ -461,9 +461,10 @@ def _count_tokens(
     journal: CoordinatorJournal, plan: Plan, sites: Sequence[Site]
 ) -> tuple[int, int]:
     federated = plan.federated
-    total = federated.num_rounds * federated.tokens_per_round * len(sites)
-    finished = len(journal.records())
-    done = finished * federated.tokens_per_round * len(sites)
+    names, finished = [site.name for site in sites], len(journal.records())
+    groups = [len(federated.group(names, each + 1)) for each in range(federated.num_rounds)]
+    total = federated.tokens_per_round * sum(groups)
+    done = federated.tokens_per_round * sum(groups[:finished])
     for site in sites:
         with suppress(OSError, ValueError, KeyError, TypeError):  # not there yet, or damaged
             progress = json.loads(SiteJournal(site.work).progress_path.read_bytes())

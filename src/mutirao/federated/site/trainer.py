@@ -199,7 +199,7 @@ class LocalTrainer:
             self.silo.outcomes,
             outcome_share=self.plan.train.outcome_share,
             seed=self.plan.seed,
-            skip_tokens=(round_number - 1) * stride,
+            skip_tokens=(round_number - 1) // federated.turns * stride,
             num_tokens=stride,
         )
         return train(

@@ -187,6 +187,11 @@ def test_a_plan_says_what_it_combines(plan, expected):
         (_plan(**SECURE, max_update_norm=1.0), "cannot be checked under secure"),
         (_plan(**SECURE, aggregation="median"), "single updates"),
         (_plan(quorum=6), "quorum=6 is more than the 5 sites"),
+        (_plan(turns=6), "turns=6 is more than the 5 sites"),
+        (_plan(turns=2, quorum=3), "quorum=3 is more than the 2 sites of a turn"),
+        (_plan(turns=2, aggregation="krum"), "with 2 sites"),
+        (_plan(TRAINED_A, turns=2, aggregation="stacked"), "turns is not built for aggregation"),
+        (_plan(**SECURE, turns=2), "turns is not built for secure aggregation"),
         (_plan(secure=SecureConfig(threshold=6), weighting="equal"), "at least 6 sites"),
         (_plan(aggregation="krum", num_faulty=2), "num_faulty=2"),
         (_plan(aggregation="krum", quorum=4), "with 4 sites"),
@@ -209,6 +214,8 @@ def test_an_unsound_plan_is_refused(plan, words):
         _plan(aggregation="krum"),
         _plan(aggregation="median", privacy=PRIVACY),
         _plan(quorum=3, error_feedback=True),
+        _plan(turns=5),
+        _plan(turns=2, quorum=2, aggregation="median", privacy=PRIVACY),
     ],
 )
 def test_sound_plans_pass(plan):

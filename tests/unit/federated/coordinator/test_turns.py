@@ -1,0 +1,178 @@
+"""Groups of sites that train in turns: who is asked, what travels, and any death on the way."""
+
+import os
+
+import numpy as np
+import pytest
+from fake_federation import (
+    NAMES,
+    SHAPES,
+    FakeNetwork,
+    FakeSite,
+    final_bytes,
+    make_coordinator,
+    run,
+)
+
+from mutirao.errors import InputError
+from mutirao.federated.codec import CodecConfig, decode_tensors, encode_tensors
+from mutirao.federated.coordinator.journal import CoordinatorJournal
+from mutirao.federated.coordinator.measures import measure
+from mutirao.federated.coordinator.unlearning import replay_without
+from mutirao.federated.messages import TrainRequest, payload_tensors, read_fields
+from mutirao.federated.plan import FederatedConfig
+
+ORDER = sorted(NAMES)
+INT8 = CodecConfig(format="int8")
+
+
+@pytest.fixture(autouse=True)
+def _without_waiting_for_the_disk(monkeypatch):
+    monkeypatch.setattr("os.fsync", lambda descriptor: None)
+
+
+def _sites():
+    return {name: FakeSite(name) for name in NAMES}
+
+
+def _relay(work, **settings):
+    return make_coordinator(work, **{"turns": 4, "num_rounds": 10, "download": INT8, **settings})
+
+
+def _forms(site):
+    trained = [each for each in site.asked if each.kind == "train"]
+    return [(each.round, read_fields(TrainRequest, each).state.form) for each in trained]
+
+
+def test_every_site_has_its_turn():
+    config = FederatedConfig(turns=2)
+    assert config.group(["e", "d", "c", "b", "a"], 1) == ("a", "c", "e")
+    assert config.group(["e", "d", "c", "b", "a"], 2) == ("b", "d")
+    assert config.group("ab", 3) == ("a",)
+    assert FederatedConfig().group("ba", 7) == ("a", "b")
+
+
+def test_the_model_goes_from_site_to_site_as_computed_apart(tmp_path):
+    coordinator, sites = _relay(tmp_path), _sites()
+    records = run(coordinator, FakeNetwork(sites))
+    upload = coordinator.plan.federated.upload
+    journal = CoordinatorJournal(tmp_path)
+    start = journal.open_state(0, "global")
+    state = {name: start.read(name) for name in start.names}
+    held = dict.fromkeys(ORDER, state)
+    replica = state
+    for record in records:
+        who = ORDER[(record.round - 1) % 4]
+        assert ([*record.sites], record.missing) == ([who], ())
+        held[who] = replica
+        sent = decode_tensors(
+            encode_tensors(sites[who].trained[record.round], upload), SHAPES, upload
+        )
+        state = {name: state[name] + sent[name] for name in state}
+        base = held[ORDER[record.round % 4]]
+        change = encode_tensors({name: state[name] - base[name] for name in base}, INT8)
+        decoded = decode_tensors(change, SHAPES, INT8)
+        replica = {name: base[name] + decoded[name] for name in base}
+        file = journal.open_state(record.round, "replica")
+        for name in replica:
+            np.testing.assert_allclose(file.read(name), replica[name], rtol=0, atol=1e-6)
+    final = journal.open_state(10, "replica")
+    assert all((each.replica[n] == final.read(n)).all() for each in sites.values() for n in SHAPES)
+
+
+def test_a_site_is_given_the_whole_state_in_its_first_turn_alone(tmp_path):
+    sites = _sites()
+    records = run(_relay(tmp_path), FakeNetwork(sites))
+    for place, name in enumerate(ORDER):
+        rounds = range(place + 1, 11, 4)
+        forms = ["whole", *["change"] * (len(rounds) - 1)]
+        assert _forms(sites[name]) == list(zip(rounds, forms, strict=True))
+    change = next(each for each in sites[ORDER[0]].asked if each.round == 5)
+    sizes = {name: each.size for name, each in payload_tensors(change).items()}
+    whole = next(each for each in sites[ORDER[0]].asked if each.round == 1)
+    assert sum(sizes.values()) < sum(each.size for each in payload_tensors(whole).values())
+    assert records[4].sites[ORDER[0]].bytes_received == change.num_bytes
+
+
+def test_a_site_that_lost_its_state_gets_it_whole(tmp_path):
+    class Forgetful(FakeNetwork):
+        def send(self, site, request):
+            if request.round == 5 and len(self.sites[site].asked) == 1:
+                self.sites[site].replica = None
+            super().send(site, request)
+
+    sites = _sites()
+    run(_relay(tmp_path), Forgetful(sites))
+    assert _forms(sites[ORDER[0]]) == [(1, "whole"), (5, "change"), (5, "whole"), (9, "change")]
+
+
+def test_a_group_that_missed_its_turn_gets_the_state_whole(tmp_path):
+    late = ORDER[0]
+
+    def lose(site, request, answer, network):
+        return None if (site, request.round) == (late, 3) else answer
+
+    sites = _sites()
+    records = run(_relay(tmp_path, turns=2, quorum=1, num_rounds=6), FakeNetwork(sites, lose))
+    assert [record.missing for record in records] == [(), (), (late,), (), (), ()]
+    assert [form for number, form in _forms(sites[late]) if number == 5] == ["whole"]
+    assert [form for number, form in _forms(sites[ORDER[2]]) if number == 5] == ["change"]
+
+
+class _KilledError(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("turns", [2, 4])
+def test_a_coordinator_killed_at_any_write_ends_at_the_same_bytes(tmp_path, monkeypatch, turns):
+    def make(name):
+        return _relay(tmp_path / name, turns=turns, num_rounds=turns + 2), _sites()
+
+    replace_file = os.replace
+    coordinator, sites = make("whole")
+    writes = []
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", lambda *names: (writes.append(names), replace_file(*names)))
+        run(coordinator, FakeNetwork(sites))
+    expected = final_bytes(coordinator.work)
+    for place in range(len(writes)):
+        coordinator, sites = make(str(place))
+        seen = []
+
+        def die(source, target, seen=seen, place=place):
+            seen.append(target)
+            if len(seen) == place + 1:
+                raise _KilledError
+            replace_file(source, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr("os.replace", die)
+            with pytest.raises(_KilledError):
+                run(coordinator, FakeNetwork(sites))
+        run(coordinator, FakeNetwork(sites))
+        assert final_bytes(coordinator.work) == expected, seen[-1]
+
+
+def test_large_states_stay_as_long_as_a_turn_needs_them(tmp_path, monkeypatch):
+    run(_relay(tmp_path / "all"), FakeNetwork(_sites()))
+    monkeypatch.setattr("mutirao.federated.coordinator.journal.SMALL_STATE_BYTES", 10)
+    sites = _sites()
+    coordinator = _relay(tmp_path / "few")
+    run(coordinator, FakeNetwork(sites))
+    kept = sorted(path.name for path in (tmp_path / "few" / "state").iterdir())
+    assert kept == ["000", "006", "007", "008", "009", "010"]
+    few, every = final_bytes(tmp_path / "few"), final_bytes(tmp_path / "all")
+    assert all(every[name] == data for name, data in few.items() if "whole" not in name)
+    losses = measure(coordinator, FakeNetwork(sites), max_tokens=5).losses
+    assert losses["global"].keys() == {*NAMES}
+
+
+def test_a_run_of_pairs_can_be_replayed_without_a_site_and_one_of_single_sites_not(tmp_path):
+    coordinator = _relay(tmp_path / "pairs", turns=2)
+    run(coordinator, FakeNetwork(_sites()))
+    replay = replay_without(coordinator, ORDER[0], tmp_path / "left")
+    assert replay.rounds_with_site == (1, 3, 5, 7, 9)
+    coordinator = _relay(tmp_path / "single")
+    run(coordinator, FakeNetwork(_sites()))
+    with pytest.raises(InputError, match=r"by site .* alone"):
+        replay_without(coordinator, ORDER[0], tmp_path / "none")
