@@ -32,7 +32,9 @@ def main(grid: Grid, context: Context) -> None:
     """Run all rounds that the journal does not hold yet, and say in it how that ended."""
     configure_logging()
     bound_arrays()
-    coordinator = load_json(Coordinator, Path(os.environ[COORDINATOR_VARIABLE]))
+    path = Path(os.environ[COORDINATOR_VARIABLE])
+    # The folder may have been moved since the file was written.
+    coordinator = load_json(Coordinator, path).model_copy(update={"work": path.parent})
     journal = CoordinatorJournal(coordinator.work)
     journal.write_status("running")
     try:
