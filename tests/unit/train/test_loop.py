@@ -6,6 +6,7 @@ import torch
 from mutirao.data.tokenization import Example
 from mutirao.errors import DataError
 from mutirao.formats.huggingface import load_causal_lm
+from mutirao.train import loop
 from mutirao.train.config import TrainConfig
 from mutirao.train.loop import learning_rate_at, train
 
@@ -47,3 +48,20 @@ def test_context_is_not_learned(tiny_model_directory):
     all_context = [Example((5, 6, 7), 3)]
     with pytest.raises(DataError, match="no training example has a token"):
         train(model, all_context, CONFIG, pad_id=0, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("capability", "machine", "is_told"),
+    [("AVX2", "x86_64", True), ("AVX512", "x86_64", False), ("DEFAULT", "aarch64", False)],
+)
+def test_slow_bfloat16_is_said_once(monkeypatch, caplog, capability, machine, is_told):
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    loop._warn_of_slow_bfloat16.cache_clear()
+    model = torch.nn.Linear(1, 1)
+    loop.autocast(model, TrainConfig(compute_dtype="float32"))
+    assert "bfloat16" not in caplog.text
+    for _ in range(2):
+        loop.autocast(model, TrainConfig())
+    assert caplog.text.count("bfloat16 can take ten times as long") == int(is_told)
+    loop._warn_of_slow_bfloat16.cache_clear()

@@ -257,7 +257,7 @@ class LocalTrainer:
         return train_private(
             self.model,
             self.silo.units,
-            example_loss(self.loaded.pad_id),
+            example_loss(self.loaded.pad_id, autocast=self.plan.train.compute_dtype == "bfloat16"),
             self.plan.train,
             privacy.training,
             budget=budget,
