@@ -505,6 +505,7 @@ def end(process):
         process.communicate()
 
 
+@pytest.mark.slow
 def test_a_killed_command_leaves_no_process_and_the_next_goes_on(road, started, run_folder):
     process = started("--out", str(run_folder))
     find_child(process, "mutirao.federated.flower.site_agent")
