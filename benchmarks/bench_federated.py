@@ -37,11 +37,11 @@ from mutirao.federated.aggregation.low_rank_comparison import compare_rules
 
 PARTS = {"aggregator": "aggregator.json", "privacy": "privacy.json"}
 GIGABITS = (0.1, 1, 10)
-IN_TURN = "turns-bf16"
-FEDERATED = (IN_TURN, "turns-int8", "turns-int4", "together-bf16")
+PLAIN = "together-bf16"
+FEDERATED = (PLAIN, "together-int8", "together-int4", "turns-bf16")
 ROWS = (
-    "synchronous:0 turns-bf16:0 synchronous:1 turns-bf16:1 synchronous:2 turns-bf16:2 "
-    "turns-int4:0 turns-int8:0 together-bf16:0"
+    "synchronous:0 together-bf16:0 together-int4:0 together-int8:0 turns-bf16:0 "
+    "synchronous:1 together-bf16:1 synchronous:2 together-bf16:2"
 )
 
 
@@ -114,7 +114,7 @@ def summarise(folder: Path, setup: Setup) -> dict[str, Any]:
             "perplexity": {seed: math.exp(loss) for seed, loss in losses.items()},
             "mean_perplexity": statistics.fmean(math.exp(loss) for loss in losses.values()),
         }
-        for other, others in (("synchronous", synchronous), (IN_TURN, _of(by_row, IN_TURN))):
+        for other, others in (("synchronous", synchronous), (PLAIN, _of(by_row, PLAIN))):
             ratios = [
                 math.exp(losses[seed] - mean_loss(others[seed]["curve"][-1]))
                 for seed in losses

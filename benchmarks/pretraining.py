@@ -80,7 +80,7 @@ class Setup:
     """Windows of a step at each site."""
     steps: int = 500
     """Local steps in a round: H."""
-    rounds: int = 2
+    rounds: int = 3
     """Of each site."""
     learning_rate: float = 5e-4
     skew: float = 0.55
