@@ -57,6 +57,7 @@ def test_context_is_not_learned(tiny_model_directory):
 def test_slow_bfloat16_is_said_once(monkeypatch, caplog, capability, machine, is_told):
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
     monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setattr(loop.logger, "disabled", False)
     loop._warn_of_slow_bfloat16.cache_clear()
     model = torch.nn.Linear(1, 1)
     loop.autocast(model, TrainConfig(compute_dtype="float32"))

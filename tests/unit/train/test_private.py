@@ -1,5 +1,6 @@
 """DP-SGD: clipping per unit, noise as promised, nothing seen of who took part."""
 
+import logging
 import math
 import secrets
 
@@ -282,7 +283,10 @@ def test_trained_buffers_are_refused():
         train_toy(model, toy_units(), PRIVATE)
 
 
-def test_a_foreign_generator_is_said_loudly(caplog):
+def test_a_foreign_generator_is_said_loudly(caplog, monkeypatch):
+    # A library that configures logging from a file disables all loggers that are there.
+    monkeypatch.setattr(logging.getLogger("mutirao.train.private"), "disabled", False)
+    caplog.set_level(logging.WARNING, "mutirao.train.private")
     train_toy(toy_model(), toy_units(), PRIVATE)
     assert "NOT private" in caplog.text
 
