@@ -4,7 +4,10 @@
 come back; ``FakeNetwork`` loses, delays and forges what it is told to, on a clock of its own.
 """
 
+import os
+
 import numpy as np
+import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from mutirao.federated.codec import CodecConfig, decode_tensor, decode_tensors, encode_tensors
@@ -268,6 +271,42 @@ class FakeNetwork:
 
 def run(coordinator, network, **options):
     return run_rounds(coordinator, network, clock=network.clock, **options)
+
+
+class KilledError(BaseException):
+    """A process dies here."""
+
+
+def check_death_at_each_write(monkeypatch, make):
+    """Cut a run at each of its writes to disk: begun again, it ends at the same bytes.
+
+    Args:
+        monkeypatch: pytest's.
+        make: name of a new folder -> coordinator and sites.
+    """
+    replace_file = os.replace
+    coordinator, sites = make("whole")
+    writes = []
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", lambda *names: (writes.append(names), replace_file(*names)))
+        run(coordinator, FakeNetwork(sites))
+    expected = final_bytes(coordinator.work)
+    for place in range(len(writes)):
+        coordinator, sites = make(str(place))
+        seen = []
+
+        def die(source, target, seen=seen, place=place):
+            seen.append(target)
+            if len(seen) == place + 1:
+                raise KilledError
+            replace_file(source, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr("os.replace", die)
+            with pytest.raises(KilledError):
+                run(coordinator, FakeNetwork(sites))
+        run(coordinator, FakeNetwork(sites))
+        assert final_bytes(coordinator.work) == expected, seen[-1]
 
 
 def final_bytes(work):

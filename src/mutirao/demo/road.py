@@ -21,7 +21,7 @@ from mutirao.console import console, step_progress
 from mutirao.demo.planning import load_plan, training_settings
 from mutirao.demo.recipe import DemoRecipe
 from mutirao.demo.steps import Step
-from mutirao.errors import DataError
+from mutirao.errors import DataError, RecipeError
 from mutirao.federated.plan import Site
 from mutirao.models.protocol import LanguageModel
 from mutirao.sources import FetchedSource, fetch, parse_source
@@ -417,11 +417,17 @@ def check_recipe(recipe: DemoRecipe) -> None:
 
     Raises:
         SourceError: the model's source is malformed.
+        RecipeError: the silos would train in turns, beside which none can be trained alone.
         DataError: a silo's folder is missing, or holds no file that can be read.
     """
     from mutirao.data.readers import list_files
 
     parse_source(recipe.model)
+    if recipe.federated.turns > 1:
+        raise RecipeError(
+            f"federated.turns={recipe.federated.turns} is for `mutirao federate`; the "
+            "demonstration compares with each silo alone, which needs all of them in every round"
+        )
     for folder in recipe.silos.values():
         path = Path(folder).expanduser()
         if not path.is_dir():

@@ -10,8 +10,15 @@ from mutirao.config import load_json
 from mutirao.errors import InputError, RecipeError
 from mutirao.federated.coordinator.journal import COORDINATOR_NAME
 from mutirao.federated.identity import PRIVATE_NAME, PUBLIC_NAME, make_identity, public_hex
-from mutirao.federated.plan import Coordinator
-from mutirao.federated.recipe import PLAN_NAME, FederationRecipe, open_plan, replay_run_without
+from mutirao.federated.plan import Coordinator, FederatedConfig, Plan, PrivacyConfig
+from mutirao.federated.recipe import (
+    PLAN_NAME,
+    FederationRecipe,
+    _privacy,
+    open_plan,
+    replay_run_without,
+)
+from mutirao.train.config import PrivateConfig
 
 
 @pytest.fixture(autouse=True)
@@ -78,3 +85,14 @@ def test_a_run_that_has_not_begun_is_told_from_one_that_cannot_be_replayed(begun
     recipe = _recipe(tmp_path, north="0" * 64)
     with pytest.raises(InputError, match="took part in no round"):
         replay_run_without(recipe, "nobody", tmp_path / "r")
+
+
+def test_a_site_s_privacy_is_that_of_its_own_turns():
+    def spent(**federated):
+        training = PrivateConfig(num_units=100, units_per_step=10.0, noise_multiplier=1.0)
+        privacy = PrivacyConfig(epsilon=50.0, delta=1e-4, training=training)
+        config = FederatedConfig(privacy=privacy, weighting="equal", **federated)
+        return _privacy(Plan(model_sha256="0" * 64, federated=config))
+
+    assert spent(num_rounds=5, turns=2) == spent(num_rounds=3)
+    assert spent(num_rounds=5, turns=2) < spent(num_rounds=5)

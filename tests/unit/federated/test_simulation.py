@@ -1,13 +1,30 @@
 """A federation in one process: sites in turns, one answer at a time."""
 
 import pytest
-from fake_federation import NAMES, FakeNetwork, FakeSite, final_bytes, make_coordinator, run
+from fake_federation import (
+    NAMES,
+    FakeNetwork,
+    FakeSite,
+    KilledError,
+    final_bytes,
+    make_coordinator,
+    run,
+)
+from tiny_sites import FEDERATED, LORA, TRAIN, make_model, make_silo, make_site
 
+from mutirao.artifact import write_atomic
 from mutirao.errors import FederationError, InputError
+from mutirao.federated.coordinator.adapter import write_start
+from mutirao.federated.coordinator.events import RoundFinished
 from mutirao.federated.coordinator.rounds import run_rounds
 from mutirao.federated.network import Lost
 from mutirao.federated.plan import Plan, Site
-from mutirao.federated.simulation import SimulatedNetwork, introduce, open_coordinator
+from mutirao.federated.simulation import (
+    SimulatedNetwork,
+    introduce,
+    open_coordinator,
+    simulate,
+)
 
 
 def test_the_simulated_network_carries_a_whole_run(tmp_path):
@@ -74,3 +91,37 @@ def test_sites_are_told_whom_to_trust_unless_they_know(tmp_path):
     assert len(told.coordinator_key) == 64
     own = sites[0].model_copy(update={"coordinator_key": "12" * 32})
     assert introduce(own, coordinator).coordinator_key == "12" * 32
+
+
+def test_real_sites_train_in_turns_and_go_on_after_a_death(tmp_path, tiny_model_directory):
+    model = make_model(tiny_model_directory, tmp_path / "model")
+    config = FEDERATED.model_copy(update={"turns": 2, "num_rounds": 5})
+
+    def play(folder, dies_after=None):
+        plan_path = folder / "plan.json"
+        if not plan_path.exists():
+            plan = write_start(model, folder / "work", config, LORA, TRAIN, 0)
+            write_atomic(plan_path, plan.model_dump_json())
+        silos = {name: _silo(tmp_path, name) for name in "ab"}
+        sites = [make_site(folder, model, silo, name) for name, silo in silos.items()]
+
+        def hear(event):
+            if isinstance(event, RoundFinished) and event.record.round == dies_after:
+                raise KilledError
+
+        plan = Plan.model_validate_json(plan_path.read_bytes())
+        return simulate(plan, sites, folder / "work", hear)
+
+    whole = play(tmp_path / "whole")
+    assert [[*record.sites] for record in whole] == [["a"], ["b"], ["a"], ["b"], ["a"]]
+    for number in (1, 3):
+        folder = tmp_path / f"killed-{number}"
+        with pytest.raises(KilledError):
+            play(folder, dies_after=number)
+        again = play(folder)
+        assert [r.replica_sha256 for r in again] == [r.replica_sha256 for r in whole]
+
+
+def _silo(tmp_path, name):
+    folder = tmp_path / f"silo-{name}"
+    return folder if folder.exists() else make_silo(folder, seed=ord(name))

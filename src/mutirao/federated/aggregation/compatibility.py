@@ -293,7 +293,7 @@ def _find_unbuilt(plan: Plan) -> list[str]:
     """Return a sentence for each setting that would have no effect."""
     federated = plan.federated
     found = []
-    if federated.turns > 1 and federated.aggregation in ("fedex", "stacked"):
+    if federated.turns > 1 and _plan_rule(plan) in _BY_FACTORS:
         found.append(
             f"federated.turns is not built for aggregation={federated.aggregation}; let all sites "
             "train in every round."

@@ -219,7 +219,10 @@ class Collector:
                 f"an answer in the name of site {site} is not signed with that site's key"
             )
         if site not in step.sites:
-            raise StaleError(f"site {site} answered, but dropped out of this round before")
+            raise StaleError(
+                f"site {site} answered, but was not asked: it dropped out of this round before, or "
+                "it is not its turn"
+            )
         if answer.run != self._coordinator.run_id:
             raise StaleError(f"site {site} sent an answer of another run")
         if answer.round != step.round:

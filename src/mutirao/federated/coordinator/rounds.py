@@ -1,11 +1,11 @@
 """The coordinator's run: round after round, from wherever the journal stands.
 
-In each round every site, or every site whose turn it is, is asked for an update from the state
-that all of these hold. Each update is
-checked when it arrives and kept as a file; when all are there, or enough of them at the
-deadline, they are folded into the next state, and the round's record makes it count. A killed
-coordinator begins a round where it stood: updates that are there are not asked for again. The
-same updates give the same states, whenever and in whatever order they came.
+In each round the sites whose turn it is, which may be all, are asked for an update from the state
+that they hold alike. Each update is checked when it arrives and kept as a file; when all are
+there, or enough of them at the deadline, they are folded into the next state, and the round's
+record makes it count. A killed coordinator begins a round where it stood: updates that are there
+are not asked for again. The same updates give the same states, whenever and in whatever order
+they came.
 
 Refused by name, logged, and not counted: what is wrongly signed, of another run, round or
 request, malformed, of other tensors, not finite, or too large. Which plans run at all is said

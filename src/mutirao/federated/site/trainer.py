@@ -285,10 +285,15 @@ def train_alone(
         on_tokens: called now and then with (tokens trained, tokens in all).
 
     Raises:
-        FederationError: the plan trains all weights.
+        FederationError: the plan trains all weights, or its sites train in turns.
     """
     if plan.lora is None:
         raise FederationError("training alone is for plans with an adapter (plan.lora is null)")
+    if plan.federated.turns > 1:
+        raise FederationError(
+            "training alone is compared with sites that train in every round "
+            f"(plan.federated.turns is {plan.federated.turns})"
+        )
     cache = ModelCache()
     trainer = LocalTrainer(site, plan, cache)
     first, optimizer_state = 1, None

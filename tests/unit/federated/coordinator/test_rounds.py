@@ -1,7 +1,6 @@
 """Rounds: the same bytes in any order and after any death; quorum, deadline, lost and back."""
 
 import json
-import os
 
 import numpy as np
 import pytest
@@ -10,6 +9,8 @@ from fake_federation import (
     SHAPES,
     FakeNetwork,
     FakeSite,
+    KilledError,
+    check_death_at_each_write,
     final_bytes,
     make_coordinator,
     run,
@@ -133,10 +134,6 @@ def test_who_answers_first_does_not_matter(tmp_path, seed):
     assert final_bytes(tmp_path / "plain") == final_bytes(tmp_path / "mixed")
 
 
-class _KilledError(Exception):
-    pass
-
-
 def _two(work):
     return make_coordinator(work, sites=NAMES[:2], num_rounds=2), _sites(NAMES[:2])
 
@@ -153,9 +150,9 @@ def test_a_coordinator_killed_at_any_event_ends_at_the_same_bytes(tmp_path):
         def die(event, heard=heard, place=place):
             heard.append(event)
             if len(heard) == place + 1:
-                raise _KilledError
+                raise KilledError
 
-        with pytest.raises(_KilledError):
+        with pytest.raises(KilledError):
             run(coordinator, FakeNetwork(sites), on_event=die)
         records = run(coordinator, FakeNetwork(sites))
         assert [record.round for record in records] == [1, 2]
@@ -164,29 +161,7 @@ def test_a_coordinator_killed_at_any_event_ends_at_the_same_bytes(tmp_path):
 
 
 def test_a_coordinator_killed_at_any_write_ends_at_the_same_bytes(tmp_path, monkeypatch):
-    replace_file = os.replace
-    coordinator, sites = _two(tmp_path / "whole")
-    writes = []
-    with monkeypatch.context() as patch:
-        patch.setattr("os.replace", lambda *names: (writes.append(names), replace_file(*names)))
-        run(coordinator, FakeNetwork(sites))
-    expected = final_bytes(coordinator.work)
-    for place in range(len(writes)):
-        coordinator, sites = _two(tmp_path / str(place))
-        seen = []
-
-        def die(source, target, seen=seen, place=place):
-            seen.append(target)
-            if len(seen) == place + 1:
-                raise _KilledError
-            replace_file(source, target)
-
-        with monkeypatch.context() as patch:
-            patch.setattr("os.replace", die)
-            with pytest.raises(_KilledError):
-                run(coordinator, FakeNetwork(sites))
-        run(coordinator, FakeNetwork(sites))
-        assert final_bytes(coordinator.work) == expected, seen[-1]
+    check_death_at_each_write(monkeypatch, lambda name: _two(tmp_path / name))
 
 
 def test_kept_updates_are_not_asked_for_again(tmp_path):
@@ -194,9 +169,9 @@ def test_kept_updates_are_not_asked_for_again(tmp_path):
 
     def die(event):
         if isinstance(event, AnswerArrived) and len(event.waiting) == 2:
-            raise _KilledError
+            raise KilledError
 
-    with pytest.raises(_KilledError):
+    with pytest.raises(KilledError):
         run(coordinator, FakeNetwork(sites), on_event=die)
     events = []
     run(coordinator, FakeNetwork(sites), on_event=events.append)
@@ -212,9 +187,9 @@ def test_a_damaged_kept_update_is_asked_for_again(tmp_path):
 
     def die(event):
         if isinstance(event, AnswerArrived) and not event.waiting:
-            raise _KilledError
+            raise KilledError
 
-    with pytest.raises(_KilledError):
+    with pytest.raises(KilledError):
         run(coordinator, FakeNetwork(sites), on_event=die)
     path = CoordinatorJournal(tmp_path / "a").update_path(1, "east")
     content = bytearray(path.read_bytes())
@@ -323,10 +298,10 @@ def test_a_settled_cohort_stays_settled_after_a_restart(tmp_path):
 
     def die(event):
         if isinstance(event, RoundFinished):
-            raise _KilledError
+            raise KilledError
 
     monkey = FakeNetwork(_sites(), _silent("west"))
-    with pytest.raises(_KilledError):
+    with pytest.raises(KilledError):
         run(coordinator, monkey, on_event=die)
     (tmp_path / "a" / "rounds.json").unlink()  # as if killed a moment before the record
     records = run(coordinator, FakeNetwork(_sites()))
@@ -383,9 +358,9 @@ def test_an_altered_state_is_not_gone_on_from(tmp_path):
 
     def die(event):
         if isinstance(event, RoundFinished):
-            raise _KilledError
+            raise KilledError
 
-    with pytest.raises(_KilledError):
+    with pytest.raises(KilledError):
         run(coordinator, FakeNetwork(_sites()), on_event=die)
     path = CoordinatorJournal(tmp_path).state_path(1, "global")
     content = bytearray(path.read_bytes())
@@ -420,9 +395,9 @@ def test_a_request_is_the_same_after_a_restart(tmp_path):
 
     def die(event):
         if isinstance(event, SiteAsked) and event.round == 2:
-            raise _KilledError
+            raise KilledError
 
-    with pytest.raises(_KilledError):
+    with pytest.raises(KilledError):
         run(coordinator, FakeNetwork(sites), on_event=die)
     run(coordinator, FakeNetwork(sites))
     again = _sites()

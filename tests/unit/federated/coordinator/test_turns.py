@@ -1,7 +1,5 @@
 """Groups of sites that train in turns: who is asked, what travels, and any death on the way."""
 
-import os
-
 import numpy as np
 import pytest
 from fake_federation import (
@@ -9,6 +7,7 @@ from fake_federation import (
     SHAPES,
     FakeNetwork,
     FakeSite,
+    check_death_at_each_write,
     final_bytes,
     make_coordinator,
     run,
@@ -119,38 +118,28 @@ def test_a_group_that_missed_its_turn_gets_the_state_whole(tmp_path):
     assert [form for number, form in _forms(sites[ORDER[2]]) if number == 5] == ["change"]
 
 
-class _KilledError(BaseException):
-    pass
-
-
 @pytest.mark.parametrize("turns", [2, 4])
 def test_a_coordinator_killed_at_any_write_ends_at_the_same_bytes(tmp_path, monkeypatch, turns):
     def make(name):
         return _relay(tmp_path / name, turns=turns, num_rounds=turns + 2), _sites()
 
-    replace_file = os.replace
-    coordinator, sites = make("whole")
-    writes = []
-    with monkeypatch.context() as patch:
-        patch.setattr("os.replace", lambda *names: (writes.append(names), replace_file(*names)))
-        run(coordinator, FakeNetwork(sites))
-    expected = final_bytes(coordinator.work)
-    for place in range(len(writes)):
-        coordinator, sites = make(str(place))
-        seen = []
+    check_death_at_each_write(monkeypatch, make)
 
-        def die(source, target, seen=seen, place=place):
-            seen.append(target)
-            if len(seen) == place + 1:
-                raise _KilledError
-            replace_file(source, target)
 
-        with monkeypatch.context() as patch:
-            patch.setattr("os.replace", die)
-            with pytest.raises(_KilledError):
-                run(coordinator, FakeNetwork(sites))
-        run(coordinator, FakeNetwork(sites))
-        assert final_bytes(coordinator.work) == expected, seen[-1]
+def test_a_site_that_answers_out_of_turn_is_refused_and_not_counted(tmp_path):
+    liar = ORDER[2]
+
+    def push_in(site, request, answer, network):
+        if request.kind != "train" or request.round != 2:
+            return answer
+        return [network.sites[liar].answer(request), answer]
+
+    sites = _sites()
+    records = run(_relay(tmp_path, num_rounds=4), FakeNetwork(sites, push_in))
+    assert [[*record.sites] for record in records] == [[name] for name in ORDER]
+    assert records[1].refused == (liar,)
+    told = CoordinatorJournal(tmp_path).refusals()
+    assert any(row["site"] == liar and "it is not its turn" in row["sentence"] for row in told)
 
 
 def test_large_states_stay_as_long_as_a_turn_needs_them(tmp_path, monkeypatch):

@@ -1,13 +1,26 @@
 """Training alone goes on from the site's own first round, and comes to the same."""
 
 import pytest
+import torch
 from safetensors.numpy import load_file
-from tiny_sites import TinyCoordinator, make_model, make_plan, make_silo, make_site
+from tiny_sites import (
+    FEDERATED,
+    TRAIN,
+    TinyCoordinator,
+    make_model,
+    make_plan,
+    make_silo,
+    make_site,
+)
 
 from mutirao.errors import FederationError
+from mutirao.federated.plan import PrivacyConfig
 from mutirao.federated.site import trainer as trainer_module
+from mutirao.federated.site.models import ModelCache
 from mutirao.federated.site.trainer import LocalTrainer, train_alone
 from mutirao.federated.site.worker import SiteWorker
+from mutirao.train.accountant import PrivacyBudget
+from mutirao.train.config import PrivateConfig
 
 
 @pytest.fixture
@@ -46,3 +59,32 @@ def test_training_alone_needs_an_adapter(world, tmp_path):
     full = coordinator.plan.model_copy(update={"lora": None})
     with pytest.raises(FederationError, match=r"plan\.lora is null"):
         train_alone(make_site(tmp_path, model, silo), full, tmp_path / "out")
+
+
+def test_training_alone_is_not_compared_with_turns(world, tmp_path):
+    model, silo, coordinator = world
+    federated = coordinator.plan.federated.model_copy(update={"turns": 2})
+    plan = coordinator.plan.model_copy(update={"federated": federated})
+    with pytest.raises(FederationError, match=r"plan\.federated\.turns is 2"):
+        train_alone(make_site(tmp_path, model, silo), plan, tmp_path / "out")
+
+
+@pytest.mark.parametrize("compute_dtype", ["bfloat16", "float32"])
+def test_private_training_computes_as_the_plan_says(tmp_path, tiny_model_directory, compute_dtype):
+    model = make_model(tiny_model_directory, tmp_path / "model")
+    training = PrivateConfig(num_units=12, units_per_step=6.0, noise_multiplier=1.0)
+    privacy = PrivacyConfig(epsilon=100.0, delta=1e-3, training=training, steps_per_round=1)
+    federated = FEDERATED.model_copy(update={"privacy": privacy})
+    train = TRAIN.model_copy(update={"compute_dtype": compute_dtype})
+    plan, start = make_plan(model, federated=federated, train=train)
+    site = make_site(tmp_path, model, make_silo(tmp_path / "silo", units=12))
+    trainer = LocalTrainer(site, plan, ModelCache())
+    trainer.start_round(start, 1)
+    seen = []
+    hook = torch.nn.modules.module.register_module_forward_hook(
+        lambda *_: seen.append(torch.is_autocast_enabled("cpu"))
+    )
+    with hook:
+        trainer.train_private_round(1, None, PrivacyBudget(100.0, 1e-3), lambda paid: None)
+    assert seen
+    assert set(seen) == {compute_dtype == "bfloat16"}
