@@ -191,7 +191,9 @@ def hostile_bundle() -> bytes:
     """Our bundle with a module that would run where it is unpacked and imported."""
     buffer = io.BytesIO(build_bundle())
     with zipfile.ZipFile(buffer, "a") as archive:
-        archive.writestr("mutirao_federation/__init__.py", "raise SystemExit('taken over')")
+        # Without a time of its own, so that the hash is the same a moment later.
+        module = zipfile.ZipInfo("mutirao_federation/__init__.py")
+        archive.writestr(module, "raise SystemExit('taken over')")
     return buffer.getvalue()
 
 
