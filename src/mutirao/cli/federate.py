@@ -24,6 +24,7 @@ app.command("simulate")(federation.simulate)
 app.command("server")(federation.server)
 app.command("invite")(federation.invite)
 app.command("site")(federation.site)
+app.command("moments")(federation.moments)
 app.command("unlearn")(federation.unlearn)
 app.command("personalise")(federation.personalise)
 

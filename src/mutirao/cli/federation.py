@@ -152,6 +152,47 @@ def site(
     join(known, model=model, data=data, work=work, policy=policy, on_ready=tell)
 
 
+def moments(
+    data: Annotated[
+        Path,
+        typer.Option("--data", help="Text that everybody may see: a folder, or prepared data."),
+    ],
+    out: Annotated[Path, typer.Option("--out", help="A new folder.", metavar="FOLDER")],
+    config: RecipeFile = None,
+    set_: Overrides = None,
+    steps: Annotated[
+        int, typer.Option("--steps", min=1, help="Steps to take the mean over.")
+    ] = 500,
+    json: AsJson = False,
+) -> None:
+    """Put second moments beside the base model, from which each site's AdamW starts.
+
+    FOLDER becomes a copy of the recipe's model with them: hand it to every site, name it as the
+    model, and set federated.second_moments.
+    """
+    import json as json_module
+
+    from mutirao.console import step_progress
+    from mutirao.federated.recipe import write_moments
+
+    recipe = _load(config, set_)
+    with step_progress() as progress:
+        task = progress.add_task("tokens", total=steps * recipe.train.tokens_per_step)
+        made = write_moments(
+            recipe,
+            data,
+            out,
+            num_steps=steps,
+            on_tokens=lambda tokens: progress.update(task, completed=tokens),
+        )
+    num_steps = made.metrics["second_moment_steps"]
+    if json:
+        told = {"path": str(out), "steps": num_steps, "sha256": made.sha256}
+        typer.echo(json_module.dumps(told, indent=2))
+    else:
+        typer.echo(f"{out}: the model with its second moments, from {num_steps} steps")
+
+
 def unlearn(
     site: Annotated[str, typer.Argument(help="Name of the site that leaves.")],
     out: Annotated[Path, typer.Option("--out", help="A new folder.", metavar="FOLDER")],

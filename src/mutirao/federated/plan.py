@@ -24,6 +24,8 @@ from mutirao.tune.config import LoRAConfig
 SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 RUN_ID = re.compile(r"[0-9a-f]{64}")
 PUBLIC_KEY = re.compile(r"[0-9a-f]{64}")
+MOMENTS_PATH = Path("training", "second_moments.safetensors")
+"""Where a base model's folder has its second moments, apart from its weights."""
 
 Aggregation = Literal[
     "mean", "separate", "fedex", "stacked", "median", "trimmed_mean", "krum", "multi_krum"
@@ -83,6 +85,9 @@ class FederatedConfig(Config):
     """Send with each update what the rounding of earlier ones lost."""
     keeps_optimizer: bool = True
     """Whether a site's AdamW goes on from round to round, or starts anew."""
+    second_moments: bool = False
+    """Start a site's AdamW from the second moments that lie in the base model's folder, where
+    ``mutirao federate moments`` has put them, in place of zero; where all weights are trained."""
     secure: SecureConfig | None = None
     """Secure aggregation; null where the coordinator may see single updates."""
     privacy: PrivacyConfig | None = None

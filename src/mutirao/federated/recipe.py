@@ -8,13 +8,14 @@ ways in each round and, under differential privacy, ε. A site needs no recipe.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pydantic import Field, field_validator
 
-from mutirao.artifact import MANIFEST_NAME, write_artifact, write_atomic
+from mutirao.artifact import MANIFEST_NAME, Manifest, write_artifact, write_atomic
 from mutirao.config import Config, load_json
 from mutirao.data.config import DataConfig
 from mutirao.errors import InputError, RecipeError
@@ -172,6 +173,51 @@ def open_data(name: str, data: Path, work: Path, config: DataConfig) -> Path:
     if not (made / MANIFEST_NAME).exists():
         prepare_silo(name, data, made, config)
     return made
+
+
+def write_moments(
+    recipe: FederationRecipe,
+    text: Path,
+    out: Path,
+    *,
+    num_steps: int,
+    on_tokens: Callable[[int], None] | None = None,
+) -> Manifest:
+    """Write a copy of the recipe's model with its second moments on a public text.
+
+    Args:
+        recipe: says which model, and how the sites will train it.
+        text: a folder of text, or an artifact of kind 'data'.
+        out: folder of the new model.
+        num_steps: steps to take the mean over.
+        on_tokens: hears how many tokens have been seen.
+
+    Raises:
+        InputError: the recipe trains an adapter, the text is no folder, or ``out`` exists.
+        DataError: there is no text.
+    """
+    from mutirao.federated.site.moments import measure_moments
+
+    if not recipe.full_weights:
+        raise InputError(
+            "second moments are of all weights, and this recipe trains an adapter (expected "
+            "full_weights = true)"
+        )
+    if not text.expanduser().is_dir():
+        raise InputError(f"{text} is not a folder of text")
+    if out.exists():
+        raise InputError(f"{out} exists; name a new folder")
+    model = open_model(recipe.model, recipe.work)
+    data = open_data("public", text, recipe.work, recipe.data)
+    return measure_moments(
+        model,
+        data,
+        out,
+        recipe.train,
+        num_steps=num_steps,
+        seed=recipe.seed,
+        on_tokens=on_tokens,
+    )
 
 
 def write_trained(recipe: FederationRecipe, plan: Plan, out: Path) -> None:

@@ -298,6 +298,16 @@ def _find_unbuilt(plan: Plan) -> list[str]:
             f"federated.turns is not built for aggregation={federated.aggregation}; let all sites "
             "train in every round."
         )
+    if federated.second_moments and plan.lora is not None:
+        found.append(
+            "federated.second_moments are of all weights, and this plan trains an adapter; leave "
+            "them out."
+        )
+    if federated.second_moments and federated.privacy is not None:
+        found.append(
+            "federated.second_moments are of gradients without the noise of differential privacy; "
+            "leave them out."
+        )
     if federated.secure is None:
         return found
     if federated.turns > 1:

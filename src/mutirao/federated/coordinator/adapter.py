@@ -53,8 +53,15 @@ def write_start(
         lora: the adapter; None trains all weights.
         train: local training.
         seed: of the adapter's start.
+
+    Raises:
+        InputError: the plan needs second moments, and the model has none.
     """
+    from mutirao.federated.site.moments import find_moments
+
     manifest = open_artifact(model, "model")
+    if federated.second_moments:
+        find_moments(model)
     plan = Plan(
         federated=federated, lora=lora, train=train, seed=seed, model_sha256=manifest.sha256
     )
