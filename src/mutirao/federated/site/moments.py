@@ -11,15 +11,16 @@ the plan, and so the same at every site.
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from mutirao.artifact import Manifest, open_artifact, read_manifest, write_artifact
 from mutirao.errors import DataError, InputError
@@ -30,8 +31,8 @@ from mutirao.train.loop import make_optimizer
 
 _NEARLY_ONE = 1 - 1e-5
 """Decay with which AdamW's second moment is all but the plain mean over some thousand steps."""
-_STEPS = "steps"
-"""In the file's metadata: how many steps the mean is over."""
+_SETTLED = 40
+"""Bias corrections are for moments of so many times the memory, where they are 1 to the bit."""
 
 
 def measure_moments(
@@ -77,7 +78,7 @@ def measure_moments(
     correction = 1 - _NEARLY_ONE**result.num_steps
     moments = {
         name: (states[index]["exp_avg_sq"] / correction).cpu()
-        for index, name in enumerate(_trained_names(trainer))
+        for index, name in enumerate(_trained_names(trainer.model))
     }
     with write_artifact(out, "model", recipe=dict(manifest.recipe), seed=seed) as writer:
         writer.add_parent("base", model)
@@ -86,33 +87,44 @@ def measure_moments(
             shutil.copyfile(model / name, writer.path / name)
         path = writer.path / MOMENTS_PATH
         path.parent.mkdir(exist_ok=True)
-        save_file(moments, path, metadata={_STEPS: str(result.num_steps)})
+        save_file(moments, path)
         writer.metrics.update({**manifest.metrics, "second_moment_steps": result.num_steps})
     return read_manifest(out)
 
 
-def first_optimizer(trainer: LocalTrainer) -> dict[str, Any]:
-    """Return the state of an AdamW as though it had seen what the moments were measured on.
+def start_optimizer(
+    model: nn.Module, folder: Path, config: TrainConfig, *, fused: bool = False
+) -> dict[str, Any]:
+    """Return the state of an AdamW that has a base model's second moments, and no momentum.
 
-    Its second moments weigh as much against the site's own as so many steps of its own would;
-    momentum it has none.
+    The moments count as settled: no bias correction makes the first steps larger, and ``beta2``
+    alone says how fast gradients of its own replace them.
+
+    Args:
+        model: what is trained.
+        folder: the base model's.
+        config: of the training to come.
+        fused: as the AdamW is that will go on from the state.
 
     Raises:
-        InputError: they are not there, or not those of the model.
+        InputError: the moments are not there, or not those of the model.
     """
-    path = find_moments(trainer.site.model)
-    moments, num_steps = _read(path)
-    config = trainer.plan.train
-    parameters, optimizer = make_optimizer(trainer.model, config, fused=trainer.silo.is_packed)
-    names = _trained_names(trainer)
+    path = find_moments(folder)
+    try:
+        moments = load_file(path)
+    except SafetensorError:
+        raise InputError(f"{path} is damaged; measure the second moments anew") from None
+    parameters, optimizer = make_optimizer(model, config, fused=fused)
+    names = _trained_names(model)
     for name, parameter in zip(names, parameters, strict=True):
         _check(path, name, moments.get(name), parameter)
+    step = float(math.ceil(_SETTLED / (1 - max(config.beta1, config.beta2))))
     state = optimizer.state_dict()
     state["state"] = {
         index: {
-            "step": torch.tensor(float(num_steps)),
+            "step": torch.tensor(step),
             "exp_avg": torch.zeros_like(moments[name]),
-            "exp_avg_sq": moments[name] * (1 - config.beta2**num_steps),
+            "exp_avg_sq": moments[name],
         }
         for index, name in enumerate(names)
     }
@@ -134,19 +146,9 @@ def find_moments(model: Path) -> Path:
     return path
 
 
-def _trained_names(trainer: LocalTrainer) -> list[str]:
+def _trained_names(model: nn.Module) -> list[str]:
     """Return the names of what is trained, in AdamW's order."""
-    return [name for name, each in trainer.model.named_parameters() if each.requires_grad]
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], int]:
-    """Return the moments by name, and over how many steps they are the mean."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            num_steps = int((file.metadata() or {}).get(_STEPS, ""))
-            return {name: file.get_tensor(name) for name in file.keys()}, num_steps  # noqa: SIM118
-    except (ValueError, SafetensorError):
-        raise InputError(f"{path} holds no second moments; measure them anew") from None
+    return [name for name, each in model.named_parameters() if each.requires_grad]
 
 
 def _check(path: Path, name: str, moment: Tensor | None, parameter: Tensor) -> None:

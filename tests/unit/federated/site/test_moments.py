@@ -23,7 +23,7 @@ from mutirao.federated.coordinator.adapter import write_start
 from mutirao.federated.plan import MOMENTS_PATH, PrivacyConfig
 from mutirao.federated.recipe import FederationRecipe, write_moments
 from mutirao.federated.site.models import ModelCache
-from mutirao.federated.site.moments import first_optimizer, measure_moments
+from mutirao.federated.site.moments import measure_moments, start_optimizer
 from mutirao.federated.site.trainer import LocalTrainer
 from mutirao.federated.site.worker import SiteWorker
 from mutirao.formats.huggingface import load_causal_lm
@@ -46,14 +46,19 @@ def measured(tmp_path_factory, tiny_model_directory):
     return model, public, out
 
 
-def with_file(source, folder, moments, steps="5"):
+def begin(trainer):
+    model, config = trainer.site.model, trainer.plan.train
+    return start_optimizer(trainer.model, model, config, fused=trainer.silo.is_packed)
+
+
+def with_file(source, folder, moments):
     """Copy a model with other moments."""
     with write_artifact(folder, "model") as writer:
         for name in read_manifest(source).files:
             if name != str(MOMENTS_PATH):
                 (writer.path / name).write_bytes((source / name).read_bytes())
         (writer.path / MOMENTS_PATH).parent.mkdir()
-        save_file(moments, writer.path / MOMENTS_PATH, metadata={"steps": steps})
+        save_file(moments, writer.path / MOMENTS_PATH)
     return folder
 
 
@@ -94,11 +99,11 @@ def test_the_model_is_as_it_was_and_has_its_lineage(measured):
     assert manifest.sha256 != read_manifest(model).sha256  # so a plan names the moments, too
 
 
-def test_the_first_step_goes_on_as_from_so_many_steps(measured, tmp_path):
-    """AdamW written out."""
+def test_the_first_step_is_scaled_by_them(measured, tmp_path):
+    """AdamW written out, with bias corrections of 1."""
     _, _, model = measured
     trainer, plan, start = make_trainer(tmp_path, model, make_packed(tmp_path / "data"))
-    state, config = first_optimizer(trainer), plan.train
+    state, config = begin(trainer), plan.train
     loaded, _ = load_causal_lm(model, dtype="float32")
     loaded.requires_grad_(True).train()
     tokens = read_packed(tmp_path / "data" / "train.npy")
@@ -113,11 +118,8 @@ def test_the_first_step_goes_on_as_from_so_many_steps(measured, tmp_path):
     rate = trainer_rate(config)
     moments, trained = load_file(model / MOMENTS_PATH), dict(trainer.model.named_parameters())
     for name, each in loaded.named_parameters():
-        first = (1 - config.beta1) * each.grad / (1 - config.beta1 ** (STEPS + 1))
-        old = moments[name] * (1 - config.beta2**STEPS)
-        second = config.beta2 * old + (1 - config.beta2) * each.grad**2
-        second /= 1 - config.beta2 ** (STEPS + 1)
-        step = rate * first / (second.sqrt() + 1e-8)
+        second = config.beta2 * moments[name] + (1 - config.beta2) * each.grad**2
+        step = rate * (1 - config.beta1) * each.grad / (second.sqrt() + 1e-8)
         expected = torch.tensor(start[name]) - step
         torch.testing.assert_close(trained[name], expected, rtol=1e-5, atol=1e-7)
 
@@ -182,19 +184,16 @@ def test_moments_that_cannot_be_are_refused(measured, tmp_path, change, sentence
     model = with_file(source, tmp_path / "model", moments)
     trainer, _, _ = make_trainer(tmp_path, model, make_packed(tmp_path / "data"))
     with pytest.raises(InputError, match=sentence):
-        first_optimizer(trainer)
+        begin(trainer)
 
 
-def test_a_file_of_something_else_is_refused(measured, tmp_path):
+def test_a_damaged_file_is_refused(measured, tmp_path):
     _, _, source = measured
-    moments = load_file(source / MOMENTS_PATH)
-    model = with_file(source, tmp_path / "model", moments, steps="many")
+    model = with_file(source, tmp_path / "model", load_file(source / MOMENTS_PATH))
     trainer, _, _ = make_trainer(tmp_path, model, make_packed(tmp_path / "data"))
-    with pytest.raises(InputError, match="holds no second moments"):
-        first_optimizer(trainer)
     (model / MOMENTS_PATH).write_bytes(b"\x08" + bytes(40))
-    with pytest.raises(InputError, match="holds no second moments"):
-        first_optimizer(trainer)
+    with pytest.raises(InputError, match="is damaged; measure the second moments anew"):
+        begin(trainer)
 
 
 def test_plans_that_they_do_not_go_with_are_refused(measured):
