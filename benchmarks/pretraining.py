@@ -15,6 +15,10 @@ rest; a twentieth is held out. From the start, with the same text, seed by seed:
     together       the same steps at all sites in every round, from the same state, and the mean
                    of what they learned
 
+AdamW's second moments are measured at the start on published text, once for steps of one site and
+once for steps of all, and every AdamW begins from them. Rates and the second moment's decay are
+each way's best of those that the log names.
+
 Tokens and floating-point operations are the same in all rows. Measured is the mean loss on the
 four institutes' held-out text, of the state that the sites hold at the end, and every byte of
 every parcel both ways; the first request, which carries the whole state, is counted apart.
@@ -43,6 +47,7 @@ from mutirao.federated.coordinator.adapter import write_start
 from mutirao.federated.coordinator.journal import CoordinatorJournal, RoundRecord
 from mutirao.federated.plan import FederatedConfig, Plan, Site
 from mutirao.federated.simulation import simulate
+from mutirao.federated.site.moments import measure_moments, start_optimizer
 from mutirao.formats.huggingface import load_causal_lm, save_causal_lm
 from mutirao.train.config import TrainConfig
 from mutirao.train.loop import apply_step, learning_rate_at, make_optimizer
@@ -52,7 +57,6 @@ from mutirao.train.packed import (
     read_packed,
     take_windows,
     train_packed,
-    windows_per_step,
 )
 
 DATA = Path(os.environ.get("MUTIRAO_TEST_DATA", ROOT.parent / "shared" / "data"))
@@ -66,6 +70,8 @@ VOCABULARY = 4096
 HELDOUT_SHARE = 0.05
 HELDOUT_TOKENS = 16_384
 """Scored at each site, at most."""
+ONE, ALL = "start-of-one", "start-of-all"
+"""The start with second moments for steps of one site, and for steps of all."""
 
 
 @dataclass(frozen=True)
@@ -76,13 +82,24 @@ class Setup:
     layers: int = 6
     window: int = 64
     """Tokens of a training window."""
-    windows: int = 4
+    windows: int = 2
     """Windows of a step at each site."""
     steps: int = 500
     """Local steps in a round: H."""
-    rounds: int = 3
+    rounds: int = 2
     """Of each site."""
-    learning_rate: float = 5e-4
+    learning_rate: float = 1e-3
+    """Of sites."""
+    beta2: float = 0.99999
+    """Of sites."""
+    synchronous_rate: float = 1e-3
+    """Of steps on all sites' text."""
+    synchronous_beta2: float = 0.999
+    """Of steps on all sites' text."""
+    final_share: float = 0.02
+    """Of the rate, at the end of all steps, of either way."""
+    moment_steps: int = 500
+    """Steps to measure second moments over."""
     skew: float = 0.55
     """Share of an institute's documents that lies at one site; 0.25 would be all alike."""
     start_steps: int = 2_000
@@ -96,14 +113,23 @@ class Setup:
         """Training at a site."""
         return TrainConfig(
             learning_rate=self.learning_rate,
-            final_learning_rate_share=0.1,
+            final_learning_rate_share=self.final_share,
             warmup_tokens=0,
             tokens_per_step=self.step_tokens,
             max_tokens_per_example=self.window,
-            weight_decay=0.1,
-            beta2=0.95,
+            beta2=self.beta2,
             compute_dtype=self.compute_dtype,
         )
+
+    @property
+    def train_synchronous(self) -> TrainConfig:
+        """Training on all sites' text."""
+        changes = {
+            "learning_rate": self.synchronous_rate,
+            "beta2": self.synchronous_beta2,
+            "tokens_per_step": self.step_tokens * len(SITES),
+        }
+        return self.train.model_copy(update=changes)
 
     @property
     def step_tokens(self) -> int:
@@ -132,9 +158,21 @@ def texts(skew: float) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
 
 
 def prepare(folder: Path, setup: Setup) -> None:
-    """Make tokenizer, packed data of every site, and the start; what is there stays."""
-    if (folder / "start" / "manifest.json").exists():
-        return
+    """Make tokenizer, packed data of every site, and both starts; what is there stays."""
+    if not (folder / "start" / "manifest.json").exists():
+        _prepare_start(folder, setup)
+    for out, train in ((ONE, setup.train), (ALL, setup.train_synchronous)):
+        if not (folder / out / "manifest.json").exists():
+            measure_moments(
+                folder / "start",
+                folder / "data" / "published",
+                folder / out,
+                train,
+                num_steps=setup.moment_steps,
+            )
+
+
+def _prepare_start(folder: Path, setup: Setup) -> None:
     training, held_out = texts(setup.skew)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = _train_tokenizer(training["published"])
@@ -193,6 +231,8 @@ def _make_start(folder: Path, setup: Setup) -> None:
             "final_learning_rate_share": 1.0,
             "warmup_tokens": 100 * 8 * setup.window,
             "tokens_per_step": 8 * setup.window,
+            "weight_decay": 0.1,
+            "beta2": 0.95,
         }
     )
     tokens = read_packed(folder / "data" / "published" / "train.npy")
@@ -223,11 +263,12 @@ def heldout(model: Any, folder: Path, setup: Setup) -> dict[str, float]:
 
 def synchronous(folder: Path, setup: Setup, seed: int) -> dict[str, Any]:
     """Train on all sites' text in every step, and measure."""
-    config = setup.train
-    model = load_causal_lm(folder / "start", dtype="float32")[0]
+    config = setup.train_synchronous
+    model = load_causal_lm(folder / ALL, dtype="float32")[0]
     model.requires_grad_(True)
     tokens = {name: read_packed(folder / "data" / name / "train.npy") for name in SITES}
-    parameters, optimizer = make_optimizer(model, config, fused=True)
+    state = start_optimizer(model, folder / ALL, config, fused=True)
+    parameters, optimizer = make_optimizer(model, config, state, fused=True)
     model.train()
     num_steps = setup.rounds * setup.steps
     started, curve = time.process_time(), []
@@ -235,7 +276,7 @@ def synchronous(folder: Path, setup: Setup, seed: int) -> dict[str, Any]:
         parts = [
             take_windows(
                 tokens[name],
-                windows_per_step(config),
+                setup.windows,
                 setup.window + 1,
                 seed=seed,
                 name=name,
@@ -245,9 +286,7 @@ def synchronous(folder: Path, setup: Setup, seed: int) -> dict[str, Any]:
         ]
         ids = torch.cat(parts)
         backward_windows(model, ids, config, num_learned=ids.shape[0] * setup.window)
-        rate = learning_rate_at(
-            config, (step + 1) * setup.step_tokens, num_steps * setup.step_tokens
-        )
+        rate = learning_rate_at(config, step + 1, num_steps)
         apply_step(parameters, optimizer, rate, config)
         if (step + 1) % setup.steps == 0:
             curve.append(heldout(model, folder, setup))
@@ -273,17 +312,18 @@ def federated(
         monitor_tokens=0,
         round_timeout_s=1e6,
         weighting="equal",
+        second_moments=True,
         **settings,
     )
     plan_path = run / "plan.json"
     if not plan_path.exists():
-        plan = write_start(folder / "start", run, config, None, setup.train, seed)
+        plan = write_start(folder / ONE, run, config, None, setup.train, seed)
         write_atomic(plan_path, plan.model_dump_json())
     plan = Plan.model_validate_json(plan_path.read_bytes())
     sites = [
         Site(
             name=name,
-            model=folder / "start",
+            model=folder / ONE,
             data=folder / "data" / name,
             work=run / "sites" / name,
         )
@@ -292,7 +332,7 @@ def federated(
     started = time.process_time()
     records = simulate(plan, sites, run)
     seconds = time.process_time() - started
-    model = load_causal_lm(folder / "start", dtype="float32")[0]
+    model = load_causal_lm(folder / ONE, dtype="float32")[0]
     state = CoordinatorJournal(run).open_state(num_rounds, "replica")
     own = dict(model.named_parameters())
     with torch.no_grad():
