@@ -88,9 +88,9 @@ class Setup:
     """Local steps in a round: H."""
     rounds: int = 2
     """Of each site."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 5e-4
     """Of sites."""
-    beta2: float = 0.99999
+    beta2: float = 0.999
     """Of sites."""
     synchronous_rate: float = 1e-3
     """Of steps on all sites' text."""
