@@ -13,7 +13,13 @@ from small_road import SMALL_RECIPE, write_silo
 
 FOLDER = Path(__file__).parents[2] / "docs" / "how-to"
 PAGES = sorted({*FOLDER.glob("*.md")} - {FOLDER / "three-sites.md"})  # test_three_sites.py
+SLOW = {"own-folders"}  # the whole road, which test_road.py also takes
 pytestmark = pytest.mark.timeout(900)
+
+
+def _marked(page):
+    marks = [pytest.mark.slow] if page.stem in SLOW else []
+    return pytest.param(page, id=page.stem, marks=marks)
 
 
 def _settings(model):
@@ -22,7 +28,7 @@ def _settings(model):
     return re.sub(r"\[silos\].*?\n\n", "", recipe, flags=re.DOTALL)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", map(_marked, PAGES))
 def test_commands_run_as_printed(page, tmp_path, tiny_model_directory):
     write_silo(tmp_path / "clinic", 0)
     write_silo(tmp_path / "laboratory", 500)
