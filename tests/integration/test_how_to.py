@@ -28,7 +28,7 @@ def _settings(model):
     return re.sub(r"\[silos\].*?\n\n", "", recipe, flags=re.DOTALL)
 
 
-@pytest.mark.parametrize("page", map(_marked, PAGES))
+@pytest.mark.parametrize("page", [_marked(page) for page in PAGES])
 def test_commands_run_as_printed(page, tmp_path, tiny_model_directory):
     write_silo(tmp_path / "clinic", 0)
     write_silo(tmp_path / "laboratory", 500)
