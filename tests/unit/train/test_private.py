@@ -283,9 +283,7 @@ def test_trained_buffers_are_refused():
         train_toy(model, toy_units(), PRIVATE)
 
 
-def test_a_foreign_generator_is_said_loudly(caplog, monkeypatch):
-    # A library that configures logging from a file disables all loggers that are there.
-    monkeypatch.setattr(logging.getLogger("mutirao.train.private"), "disabled", False)
+def test_a_foreign_generator_is_said_loudly(caplog):
     caplog.set_level(logging.WARNING, "mutirao.train.private")
     train_toy(toy_model(), toy_units(), PRIVATE)
     assert "NOT private" in caplog.text

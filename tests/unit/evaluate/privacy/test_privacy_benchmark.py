@@ -1,6 +1,7 @@
 """The privacy benchmark at its smallest: it goes on where it stopped, and its controls hold."""
 
 import json
+import logging
 import sys
 from pathlib import Path
 
@@ -18,6 +19,8 @@ def test_short_run(tmp_path, monkeypatch, capsys):
     out = tmp_path / "privacy.json"
     arguments = ["bench", "--short", "--run", str(tmp_path / "run"), "--out", str(out)]
     monkeypatch.setattr(sys, "argv", [*arguments, "--figure", str(tmp_path / "privacy.svg")])
+    logger = logging.getLogger("mutirao.train.private")
+    monkeypatch.setattr(logger, "level", logger.level)  # put back: other tests hear this logger
     assert bench_privacy.main() == 0
     result = json.loads(out.read_bytes())
     conditions = result["conditions"]
@@ -41,6 +44,8 @@ def test_short_run(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "privacy.svg").is_file()
     # A second call finds everything done, and says the same.
     capsys.readouterr()
+    logger = logging.getLogger("mutirao.train.private")
+    monkeypatch.setattr(logger, "level", logger.level)  # put back: other tests hear this logger
     assert bench_privacy.main() == 0
     assert json.loads(out.read_bytes()) == result
     assert capsys.readouterr().err == ""
