@@ -45,12 +45,13 @@ from mutirao.artifact import write_artifact, write_atomic
 from mutirao.federated.codec import CodecConfig
 from mutirao.federated.coordinator.adapter import write_start
 from mutirao.federated.coordinator.journal import CoordinatorJournal, RoundRecord
+from mutirao.federated.moments import measure_moments
 from mutirao.federated.plan import FederatedConfig, Plan, Site
 from mutirao.federated.simulation import simulate
-from mutirao.federated.site.moments import measure_moments, start_optimizer
 from mutirao.formats.huggingface import load_causal_lm, save_causal_lm
 from mutirao.train.config import TrainConfig
 from mutirao.train.loop import apply_step, learning_rate_at, make_optimizer
+from mutirao.train.moments import start_optimizer
 from mutirao.train.packed import (
     backward_windows,
     packed_loss,

@@ -24,8 +24,6 @@ from mutirao.tune.config import LoRAConfig
 SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 RUN_ID = re.compile(r"[0-9a-f]{64}")
 PUBLIC_KEY = re.compile(r"[0-9a-f]{64}")
-MOMENTS_PATH = Path("training", "second_moments.safetensors")
-"""Where a base model's folder has its second moments, apart from its weights."""
 
 Aggregation = Literal[
     "mean", "separate", "fedex", "stacked", "median", "trimmed_mean", "krum", "multi_krum"

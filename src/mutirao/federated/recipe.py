@@ -8,6 +8,7 @@ ways in each round and, under differential privacy, ε. A site needs no recipe.
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from mutirao.artifact import MANIFEST_NAME, Manifest, write_artifact, write_atom
 from mutirao.config import Config, load_json
 from mutirao.data.config import DataConfig
 from mutirao.errors import InputError, RecipeError
+from mutirao.federated.aggregation.compatibility import check_plan
 from mutirao.federated.codec import count_bytes
 from mutirao.federated.codec.config import CodecConfig
 from mutirao.federated.coordinator.journal import COORDINATOR_NAME, CoordinatorJournal
@@ -120,7 +122,7 @@ def open_plan(recipe: FederationRecipe) -> Plan:
     """Return the recipe's plan, made on first use with the start of training.
 
     Raises:
-        InputError: the work folder belongs to another recipe.
+        InputError: the work folder belongs to another recipe, or the plan is not sound.
         FormatError: the model is of a kind that is not supported.
     """
     from mutirao.federated.coordinator.adapter import write_start_apart
@@ -136,6 +138,10 @@ def open_plan(recipe: FederationRecipe) -> Plan:
                 "or remove it to train anew"
             )
         return kept
+    asked = Plan(
+        federated=recipe.federated, lora=lora, train=recipe.train, seed=recipe.seed, model_sha256=""
+    )
+    check_plan(asked, len(recipe.sites))
     model = open_model(recipe.model, recipe.work)
     plan = write_start_apart(
         model, recipe.coordinator_folder, recipe.federated, lora, recipe.train, recipe.seed
@@ -164,15 +170,19 @@ def open_model(model: Path, work: Path) -> Path:
 
 def open_data(name: str, data: Path, work: Path, config: DataConfig) -> Path:
     """Return a site's data artifact: the folder itself, or one prepared from its text."""
+    return prepare_data(name, data, work / "data" / name, config)
+
+
+def prepare_data(name: str, data: Path, out: Path, config: DataConfig) -> Path:
+    """Return a data artifact: the folder itself, what lies in ``out``, or one made there."""
     data = data.expanduser().resolve()
     if (data / MANIFEST_NAME).exists():
         return data
-    from mutirao.data.prepare import prepare_silo
+    if not (out / MANIFEST_NAME).exists():
+        from mutirao.data.prepare import prepare_silo
 
-    made = work / "data" / name
-    if not (made / MANIFEST_NAME).exists():
-        prepare_silo(name, data, made, config)
-    return made
+        prepare_silo(name, data, out, config)
+    return out
 
 
 def write_moments(
@@ -196,7 +206,7 @@ def write_moments(
         InputError: the recipe trains an adapter, the text is no folder, or ``out`` exists.
         DataError: there is no text.
     """
-    from mutirao.federated.site.moments import measure_moments
+    from mutirao.federated.moments import measure_moments
 
     if not recipe.full_weights:
         raise InputError(
@@ -208,7 +218,10 @@ def write_moments(
     if out.exists():
         raise InputError(f"{out} exists; name a new folder")
     model = open_model(recipe.model, recipe.work)
-    data = open_data("public", text, recipe.work, recipe.data)
+    # Prepared anew each time: who names another text must not get the moments of the last one.
+    prepared = recipe.work / "public-text"
+    shutil.rmtree(prepared, ignore_errors=True)
+    data = prepare_data("public", text, prepared, recipe.data)
     return measure_moments(
         model,
         data,

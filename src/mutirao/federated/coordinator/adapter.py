@@ -57,10 +57,10 @@ def write_start(
     Raises:
         InputError: the plan needs second moments, and the model has none.
     """
-    from mutirao.federated.site.moments import find_moments
+    from mutirao.train.moments import find_moments
 
     manifest = open_artifact(model, "model")
-    if federated.second_moments:
+    if federated.second_moments and lora is None:
         find_moments(model)
     plan = Plan(
         federated=federated, lora=lora, train=train, seed=seed, model_sha256=manifest.sha256

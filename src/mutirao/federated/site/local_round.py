@@ -28,7 +28,6 @@ from mutirao.federated.codec import (
 from mutirao.federated.codec.shapes import shapes_of
 from mutirao.federated.plan import Plan
 from mutirao.federated.site.journal import LOCAL_NAME, RunJournal
-from mutirao.federated.site.moments import start_optimizer
 from mutirao.federated.site.trainer import (
     LocalTrainer,
     OnTokens,
@@ -92,10 +91,6 @@ def train_update(
     earlier = None
     if plan.federated.keeps_optimizer and base:
         earlier = load_optimizer(run.round_folder(base))
-    if earlier is None and plan.federated.second_moments:
-        earlier = start_optimizer(
-            trainer.model, trainer.site.model, plan.train, fused=trainer.silo.is_packed
-        )
     numbers: dict[str, Any]
     if plan.federated.privacy is None:
         heldout_loss = trainer.heldout_loss()

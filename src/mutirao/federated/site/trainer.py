@@ -33,6 +33,7 @@ from mutirao.federated.site.state import WITH_HISTORY
 from mutirao.models.causal import CausalModel
 from mutirao.train.accountant import PrivacyBudget
 from mutirao.train.loop import TrainResult, train
+from mutirao.train.moments import start_optimizer
 from mutirao.train.packed import packed_loss, train_packed, windows_per_step
 from mutirao.train.parallel import ALONE, Ranks
 from mutirao.train.private import PrivateResult, example_loss, train_private
@@ -152,12 +153,18 @@ class LocalTrainer:
 
         Args:
             round_number: from 1.
-            optimizer_state: to go on from, or None to start anew; is changed.
+            optimizer_state: to go on from, or None to start anew: from zero, or from the base
+                model's second moments where the plan says so; is changed.
             on_tokens: hears how far it has come.
 
         Raises:
+            InputError: the base model's second moments are missing or not its own.
             RankLostError: one of the processes ended; the model is in between two states.
         """
+        if optimizer_state is None and self.plan.federated.second_moments:
+            optimizer_state = start_optimizer(
+                self.model, self.site.model, self.plan.train, fused=self.silo.is_packed
+            )
         if self.site.num_processes == 1:
             return self._train(round_number, optimizer_state, on_tokens, ALONE)
         processes = self._cache.ranks(self.site)
