@@ -74,6 +74,12 @@ def main() -> int:
         "learning_rate": arguments.outer_rate,
         "momentum": arguments.outer_momentum,
     }
+    settings = json.dumps({**asdict(setup), "outer": outer}, indent=1)
+    path = arguments.run / "settings.json"
+    if path.exists() and path.read_text() != settings:
+        print(f"{arguments.run} has results of other settings ({path}); name another with --run")
+        return 2
+    write_atomic(path, settings)
     pretraining.prepare(arguments.run, setup)
     for row in arguments.rows.split():
         label, _, seed = row.partition(":")
@@ -150,26 +156,27 @@ def _bytes(result: dict[str, Any], setup: Setup) -> dict[str, Any]:
 def wall_times(folder: Path, setup: Setup, table: dict[str, Any]) -> dict[str, Any]:
     """Return modelled seconds of the whole training on as many machines as sites.
 
-    A step takes what the synchronous run's step took in processor time, divided by the sites;
+    A site's step takes the row's own processor time, divided by the sites and the steps of each;
     a message takes its bytes over the bandwidth, up and down after one another, nothing overlaps,
     and latency is left out. Sites that take turns wait for each other.
     """
-    paths = sorted(folder.glob("results/synchronous-*.json"))
-    if not paths:
-        return {}
-    result = json.loads(paths[0].read_bytes())
     num_steps = setup.rounds * setup.steps
-    step_s = result["cpu_seconds"] / num_steps / len(SITES)
-    times: dict[str, Any] = {"step_s": step_s}
+    steps_s = {}
+    for label in table:
+        path = sorted(folder.glob(f"results/{label}-*.json"))[0]
+        cpu_seconds = json.loads(path.read_bytes())["cpu_seconds"]
+        steps_s[label] = cpu_seconds / num_steps / len(SITES)
+    times: dict[str, Any] = {"step_s": steps_s}
     for gigabits in GIGABITS:
         per_s = gigabits * 1e9 / 8
-        synchronous = num_steps * (step_s + 4 * result["num_parameters"] / per_s)
-        rows = {"synchronous": synchronous}
-        for label in FEDERATED:
-            if label in table:
+        rows = {}
+        for label, step_s in steps_s.items():
+            if label == "synchronous":
+                moved = setup.steps * 4 * _num_parameters(folder)
+            else:
                 moved = table[label]["bytes_per_round_up"] + table[label]["bytes_per_round_down"]
-                num_turns = len(SITES) if label.startswith("turns") else 1
-                rows[label] = num_turns * (num_steps * step_s + setup.rounds * moved / per_s)
+            num_turns = len(SITES) if label.startswith("turns") else 1
+            rows[label] = num_turns * (num_steps * step_s + setup.rounds * moved / per_s)
         times[f"{gigabits} Gbit/s"] = rows
     return times
 
