@@ -236,10 +236,14 @@ def _open_model(path: Path) -> LanguageModel:
 
 def _opener_with_adapter(base: Path, adapter: Path) -> Callable[[], LanguageModel]:
     def open_merged() -> LanguageModel:
+        import torch
+
+        from mutirao.models.arithmetic import fast_dtype
         from mutirao.models.causal import CausalModel
         from mutirao.tune.lora import load_merged
 
         model, tokenizer = load_merged(base, adapter)
+        model = model.to(getattr(torch, fast_dtype()))
         return CausalModel(model, tokenizer, name=adapter.name)
 
     return open_merged

@@ -35,7 +35,7 @@ class TextGenerator:
         self.model = model
 
     @classmethod
-    def open(cls, path: Path, dtype: Dtype = "bfloat16") -> TextGenerator:
+    def open(cls, path: Path, dtype: Dtype | None = None) -> TextGenerator:
         """Read a model directory, plain or compressed.
 
         Raises:

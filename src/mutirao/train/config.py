@@ -37,8 +37,9 @@ class TrainConfig(Config):
     tokens_per_pass: int = Field(default=4_096, ge=16)
     """Most tokens in one forward pass over packed text; a larger step is made of several, which
     bounds memory and changes results by rounding only."""
-    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """In which matrices are multiplied; what is trained is kept in float32 either way."""
+    compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """In which matrices are multiplied: 'auto' takes bfloat16 where the processor has fast products
+    of it, float32 elsewhere. What is trained is kept in float32 either way."""
 
 
 class PrivateConfig(Config):

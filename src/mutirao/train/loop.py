@@ -14,7 +14,6 @@ from __future__ import annotations
 import functools
 import logging
 import math
-import platform
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,13 +24,13 @@ from torch import Tensor, nn
 
 from mutirao.data.tokenization import Example
 from mutirao.errors import DataError
+from mutirao.models.arithmetic import fast_dtype
 from mutirao.models.batching import group_by_length, pad_sequences
 from mutirao.models.causal import masked_loss_sum
 from mutirao.train.config import TrainConfig
 from mutirao.train.parallel import ALONE, Ranks
 
 logger = logging.getLogger(__name__)
-_X86 = ("x86_64", "AMD64")
 
 
 @dataclass(frozen=True)
@@ -154,20 +153,27 @@ def make_optimizer(
 def autocast(model: nn.Module, config: TrainConfig) -> torch.autocast:
     """Return the context in which a training pass computes."""
     device_type = next(model.parameters()).device.type
-    is_half = config.compute_dtype == "bfloat16"
-    if is_half and device_type == "cpu":
-        _warn_of_slow_bfloat16()
+    is_half = is_half_precision(config, device_type)
     return torch.autocast(device_type, dtype=torch.bfloat16, enabled=is_half)
+
+
+def is_half_precision(config: TrainConfig, device_type: str) -> bool:
+    """Whether a device multiplies matrices in bfloat16, as the settings have it."""
+    if config.compute_dtype == "auto":
+        return fast_dtype(device_type) == "bfloat16"
+    is_half = config.compute_dtype == "bfloat16"
+    if is_half and fast_dtype(device_type) != "bfloat16":
+        _warn_of_slow_bfloat16()
+    return is_half
 
 
 @functools.cache
 def _warn_of_slow_bfloat16() -> None:
-    """Say once that PyTorch multiplies bfloat16 by plain loops where there is no AVX-512."""
-    if platform.machine() in _X86 and torch.backends.cpu.get_cpu_capability() != "AVX512":
-        logger.warning(
-            "this processor has no AVX-512: passes in bfloat16 can take ten times as long as with "
-            'train.compute_dtype = "float32"'
-        )
+    """Say it once."""
+    logger.warning(
+        "this processor has no AVX-512: passes in bfloat16 can take ten times as long as with "
+        'train.compute_dtype = "auto"'
+    )
 
 
 def finite(loss_sum: float) -> float:

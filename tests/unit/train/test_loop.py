@@ -51,18 +51,24 @@ def test_context_is_not_learned(tiny_model_directory):
 
 
 @pytest.mark.parametrize(
-    ("capability", "machine", "is_told"),
+    ("capability", "machine", "is_slow"),
     [("AVX2", "x86_64", True), ("AVX512", "x86_64", False), ("DEFAULT", "aarch64", False)],
 )
-def test_slow_bfloat16_is_said_once(monkeypatch, caplog, capability, machine, is_told):
+def test_slow_bfloat16_is_avoided_and_said_once(monkeypatch, caplog, capability, machine, is_slow):
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
     monkeypatch.setattr("platform.machine", lambda: machine)
     monkeypatch.setattr(loop.logger, "disabled", False)
     loop._warn_of_slow_bfloat16.cache_clear()
     model = torch.nn.Linear(1, 1)
-    loop.autocast(model, TrainConfig(compute_dtype="float32"))
+    with loop.autocast(model, TrainConfig(compute_dtype="float32")):
+        assert model(torch.ones(1, 1)).dtype == torch.float32
+    with loop.autocast(model, TrainConfig()):
+        expected = torch.float32 if is_slow else torch.bfloat16
+        assert model(torch.ones(1, 1)).dtype == expected
     assert "bfloat16" not in caplog.text
     for _ in range(2):
-        loop.autocast(model, TrainConfig())
-    assert caplog.text.count("bfloat16 can take ten times as long") == int(is_told)
+        loop.autocast(model, TrainConfig(compute_dtype="bfloat16"))
+    assert caplog.text.count("bfloat16 can take ten times as long") == int(is_slow)
+    assert not loop.is_half_precision(TrainConfig(compute_dtype="float32"), "cuda")
+    assert loop.is_half_precision(TrainConfig(), "cuda")
     loop._warn_of_slow_bfloat16.cache_clear()

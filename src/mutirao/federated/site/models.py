@@ -34,6 +34,7 @@ from mutirao.data.tokenization import Example, encode_records
 from mutirao.errors import FederationError
 from mutirao.federated.plan import Plan, Site
 from mutirao.formats.huggingface import load_causal_lm
+from mutirao.train.loop import is_half_precision
 from mutirao.train.packed import TokenIds, check_vocabulary, read_packed
 from mutirao.train.private import group_units
 from mutirao.tune.lora import adapter_state, attach_lora, frozen_sha256
@@ -197,7 +198,8 @@ class ModelCache:
         """
         lora = plan.lora.model_dump_json() if plan.lora else None
         is_private = plan.federated.privacy is not None
-        marks = (lora, plan.seed, plan.model_sha256, plan.frozen_sha256, site.rank, is_private)
+        how = plan.seed, plan.frozen_sha256, site.rank, is_private, plan.train.compute_dtype
+        marks = (lora, plan.model_sha256, *how)
         key = (_fingerprint(site.model), *marks)
         found = self._models.pop(key, None)
         if found is None:
@@ -268,7 +270,7 @@ def _load(site: Site, plan: Plan) -> LoadedModel:
             f"site {site.name} has another base model ({own_model.sha256[:12]}) than the "
             f"federation ({plan.model_sha256[:12]}); install the agreed one"
         )
-    # All of what is trained is kept in float32; a frozen base needs no more than bfloat16.
+    # All of what is trained is kept in float32; a frozen base needs no more than it computes in.
     model: Any
     model, tokenizer = load_causal_lm(site.model, dtype="bfloat16" if plan.lora else "float32")
     if plan.lora is not None:
@@ -286,6 +288,9 @@ def _load(site: Site, plan: Plan) -> LoadedModel:
         model.requires_grad_(True)
     if torch.cuda.is_available() and plan.federated.privacy is None:
         model.to("cuda")
+    is_quantized = plan.lora is not None and plan.lora.quantize_base
+    if not is_quantized and not is_half_precision(plan.train, model.device.type):
+        model.float()  # only now: the adapter's start is drawn in the base's precision
     return LoadedModel(model, tokenizer, adapter_state(model))
 
 

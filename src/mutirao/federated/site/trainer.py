@@ -32,7 +32,7 @@ from mutirao.federated.site.ranks import RoundStart, part_tensors
 from mutirao.federated.site.state import WITH_HISTORY
 from mutirao.models.causal import CausalModel
 from mutirao.train.accountant import PrivacyBudget
-from mutirao.train.loop import TrainResult, train
+from mutirao.train.loop import TrainResult, is_half_precision, train
 from mutirao.train.moments import start_optimizer
 from mutirao.train.packed import packed_loss, train_packed, windows_per_step
 from mutirao.train.parallel import ALONE, Ranks
@@ -264,7 +264,10 @@ class LocalTrainer:
         return train_private(
             self.model,
             self.silo.units,
-            example_loss(self.loaded.pad_id, autocast=self.plan.train.compute_dtype == "bfloat16"),
+            example_loss(
+                self.loaded.pad_id,
+                autocast=is_half_precision(self.plan.train, self.model.device.type),
+            ),
             self.plan.train,
             privacy.training,
             budget=budget,

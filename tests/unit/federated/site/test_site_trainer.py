@@ -88,3 +88,22 @@ def test_private_training_computes_as_the_plan_says(tmp_path, tiny_model_directo
         trainer.train_private_round(1, None, PrivacyBudget(100.0, 1e-3), lambda paid: None)
     assert seen
     assert set(seen) == {compute_dtype == "bfloat16"}
+
+
+@pytest.mark.parametrize(
+    ("compute_dtype", "expected"), [("bfloat16", torch.bfloat16), ("float32", torch.float32)]
+)
+def test_a_frozen_base_lies_as_it_is_computed(
+    tmp_path, tiny_model_directory, compute_dtype, expected
+):
+    """And the adapter starts the same: it is drawn before."""
+    model = make_model(tiny_model_directory, tmp_path / "model")
+    plan, start = make_plan(model, train=TRAIN.model_copy(update={"compute_dtype": compute_dtype}))
+    trainer = LocalTrainer(make_site(tmp_path, model, make_silo(tmp_path / "silo")), plan)
+    frozen = {each.dtype for name, each in trainer.model.named_parameters() if "lora" not in name}
+    assert frozen == {expected}
+    assert {each.dtype for each in trainer.model.parameters() if each.requires_grad} == {
+        torch.float32
+    }
+    made = trainer.get_state()
+    assert all((made[name] == start[name]).all() for name in start)
