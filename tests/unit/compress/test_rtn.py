@@ -11,6 +11,7 @@ from mutirao.compress.rtn import compress_model
 from mutirao.config import Config, parse_recipe
 from mutirao.errors import ArtifactError, InputError, RecipeError, ShapeError
 from mutirao.formats.huggingface import load_causal_lm
+from mutirao.models.arithmetic import fast_dtype
 from mutirao.models.causal import CausalModel
 
 SEQUENCE = [[5, 6, 7, 8, 9, 10, 200, 40]]
@@ -18,13 +19,13 @@ SEQUENCE = [[5, 6, 7, 8, 9, 10, 200, 40]]
 
 def _expected_model(folder, bits):
     """The original with each linear weight replaced by what its codes stand for."""
-    model, tokenizer = load_causal_lm(folder, dtype="bfloat16")
+    model, tokenizer = load_causal_lm(folder, dtype=fast_dtype())
     for name, layer in model.named_modules():
         if isinstance(layer, torch.nn.Linear) and name != "lm_head":
             q = quantize_weight(layer.weight.detach(), bits, 32)
             codes = q.codes.float().reshape(*q.scale.shape, 32)
             weight = (codes - q.zero.float()[..., None]) * q.scale.float()[..., None]
-            layer.weight.data = weight.reshape(layer.weight.shape).to(torch.bfloat16)
+            layer.weight.data = weight.reshape(layer.weight.shape).to(torch.bfloat16).to(layer.weight.dtype)
     return CausalModel(model, tokenizer)
 
 
