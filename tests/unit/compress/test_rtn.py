@@ -22,10 +22,10 @@ def _expected_model(folder, bits):
     model, tokenizer = load_causal_lm(folder, dtype=fast_dtype())
     for name, layer in model.named_modules():
         if isinstance(layer, torch.nn.Linear) and name != "lm_head":
-            q = quantize_weight(layer.weight.detach(), bits, 32)
+            q = quantize_weight(layer.weight.detach().bfloat16(), bits, 32)
             codes = q.codes.float().reshape(*q.scale.shape, 32)
             weight = (codes - q.zero.float()[..., None]) * q.scale.float()[..., None]
-            layer.weight.data = weight.reshape(layer.weight.shape).to(torch.bfloat16).to(layer.weight.dtype)
+            layer.weight.data = weight.reshape(layer.weight.shape).to(layer.weight.dtype)
     return CausalModel(model, tokenizer)
 
 
