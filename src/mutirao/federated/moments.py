@@ -24,6 +24,8 @@ from mutirao.train.moments import MOMENTS_PATH, trained_names
 
 _NEARLY_ONE = 1 - 1e-5
 """Decay with which AdamW's second moment is all but the plain mean over some thousand steps."""
+_DAMPING = 0.3
+"""Share of a tensor's mean that each of its values has added."""
 
 
 def measure_moments(
@@ -38,8 +40,9 @@ def measure_moments(
 ) -> Manifest:
     """Write a copy of a model with its second moments: the mean squared gradient of a step.
 
-    A value whose gradient was zero in every step, as in the row of a token that the text has not,
-    gets the mean of its tensor: nothing is known of it, and zero would let it leap.
+    Every value has 0.3 of its tensor's mean added. A mean over some hundred steps says little of
+    what changes in few of them, as the row of a rare token does, and one that is far too small
+    would let its value leap in every round.
 
     Args:
         model: an artifact of kind 'model'.
@@ -84,6 +87,6 @@ def measure_moments(
 
 
 def _mean_square(state: dict[str, Tensor]) -> Tensor:
-    """Return the mean squared gradient that an AdamW has seen, zeros filled."""
+    """Return the mean squared gradient that an AdamW has seen, damped."""
     moment = (state["exp_avg_sq"] / (1 - _NEARLY_ONE ** float(state["step"]))).cpu()
-    return torch.where(moment > 0, moment, moment.mean())
+    return moment + _DAMPING * moment.mean()

@@ -61,8 +61,8 @@ class FederatedConfig(Config):
     num_rounds: int = Field(default=3, ge=1)
     """Rounds of local training and aggregation."""
     turns: int = Field(default=1, ge=1)
-    """Groups that the sites are split into, of which one trains in each round; 1 for all sites in
-    every round. With as many turns as sites the model travels from one to the next."""
+    """Groups that the sites are split into, of which one trains in each round, there and back; 1 for
+    all sites in every round. With as many turns as sites the model travels from one to the next."""
     tokens_per_round: int = Field(default=10_050, ge=1)
     """Training tokens at each site in each round, in whole examples."""
     aggregation: Aggregation = "mean"
@@ -106,15 +106,27 @@ class FederatedConfig(Config):
     """Port of the SuperLink; 0 takes a free one."""
 
     def group(self, sites: Iterable[str], round_number: int) -> tuple[str, ...]:
-        """Return the sites whose turn a round is, sorted."""
-        return tuple(sorted(sites)[(round_number - 1) % self.turns :: self.turns])
+        """Return the sites whose turn a round is, sorted: the first group's, to the last's, and back.
+
+        Where the rate falls, the groups' mean rates stay alike in this way.
+        """
+        cycle, place = divmod(round_number - 1, self.turns)
+        turn = self.turns - 1 - place if cycle % 2 else place
+        return tuple(sorted(sites)[turn :: self.turns])
 
     def basis(self, round_number: int) -> int:
         """Return the round whose state the next group holds, after a round; 0 for the start.
 
-        That group had its last turn ``turns`` rounds before, and was given the state before that.
+        That group was as far from the end of the last cycle as it is from the beginning of its own,
+        and was given the state before its round.
         """
-        return max(0, round_number - self.turns)
+        cycle, place = divmod(round_number, self.turns)
+        return max(0, cycle * self.turns - place - 1)
+
+    @property
+    def num_states(self) -> int:
+        """How many of the last states a change may have to lead from, the newest among them."""
+        return 2 * self.turns
 
 
 class Plan(Config):

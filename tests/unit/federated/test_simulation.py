@@ -113,7 +113,7 @@ def test_real_sites_train_in_turns_and_go_on_after_a_death(tmp_path, tiny_model_
         return simulate(plan, sites, folder / "work", hear)
 
     whole = play(tmp_path / "whole")
-    assert [[*record.sites] for record in whole] == [["a"], ["b"], ["a"], ["b"], ["a"]]
+    assert [[*record.sites] for record in whole] == [["a"], ["b"], ["b"], ["a"], ["a"]]
     for number in (1, 3):
         folder = tmp_path / f"killed-{number}"
         with pytest.raises(KilledError):

@@ -47,9 +47,9 @@ COORDINATOR_NAME = "coordinator.json"
 """The coordinator's own file, where it is kept beside its journal."""
 SMALL_STATE_BYTES = 64 * 1024 * 1024
 """States of fewer bytes are all kept, larger ones but for the start and the last two, or as many
-as turns need. A hundred
-rounds of an adapter of a few million values then take a few GB, and a run can be cut before
-any round (``unlearning``); full weights would fill the disk. The limit is a choice."""
+as turns need. A hundred rounds of an adapter of a few million values then take a few GB, and a
+run can be cut before any round (``unlearning``); full weights would fill the disk. The limit is
+a choice."""
 
 
 class SiteRound(Config):

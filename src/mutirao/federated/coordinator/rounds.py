@@ -174,7 +174,7 @@ class _Run:
                 "refused": tuple(sorted(self._journal.refused_sites(number) & {*self._sites})),
             }
         )
-        self._journal.append(record, num_kept=self._config.turns + 1)
+        self._journal.append(record, num_kept=self._config.num_states)
         remove_messages(self._journal, before=number + 1)
         self._tell(RoundFinished(record))
 

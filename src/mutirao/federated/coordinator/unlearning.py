@@ -79,7 +79,7 @@ def replay_without(coordinator: Coordinator, site: str, out: Path) -> Replay:
     _copy(coordinator.work, out, f"state/{0:03d}", START_FOLDER)
     for record in records:
         replayed = _replay_round(coordinator, journal, target, record, site)
-        target.append(replayed, num_kept=config.turns + 1)
+        target.append(replayed, num_kept=config.num_states)
     distance, moved = _distances(journal, target, len(records))
     return Replay(
         work=out,

@@ -22,6 +22,8 @@ from mutirao.federated.messages import TrainRequest, payload_tensors, read_field
 from mutirao.federated.plan import FederatedConfig
 
 ORDER = sorted(NAMES)
+ROUTE = [0, 1, 2, 3, 3, 2, 1, 0, 0, 1, 2]
+"""Of four sites, whose turn each round is: there and back."""
 INT8 = CodecConfig(format="int8")
 
 
@@ -47,8 +49,18 @@ def test_every_site_has_its_turn():
     config = FederatedConfig(turns=2)
     assert config.group(["e", "d", "c", "b", "a"], 1) == ("a", "c", "e")
     assert config.group(["e", "d", "c", "b", "a"], 2) == ("b", "d")
-    assert config.group("ab", 3) == ("a",)
+    assert [config.group("ab", number) for number in (3, 4, 5)] == [("b",), ("a",), ("a",)]
     assert FederatedConfig().group("ba", 7) == ("a", "b")
+
+
+@pytest.mark.parametrize("turns", [1, 2, 3, 5])
+def test_a_change_leads_from_what_the_next_group_was_given_last(turns):
+    config = FederatedConfig(turns=turns)
+    groups = [config.group("abcde", number) for number in range(1, 30)]
+    for number in range(29):  # rounds done; groups[number] is next
+        earlier = [each for each in range(number) if groups[each] == groups[number]]
+        assert config.basis(number) == (earlier[-1] if earlier else 0)
+        assert not earlier or number - config.basis(number) < config.num_states
 
 
 def test_the_model_goes_from_site_to_site_as_computed_apart(tmp_path):
@@ -61,14 +73,14 @@ def test_the_model_goes_from_site_to_site_as_computed_apart(tmp_path):
     held = dict.fromkeys(ORDER, state)
     replica = state
     for record in records:
-        who = ORDER[(record.round - 1) % 4]
+        who = ORDER[ROUTE[record.round - 1]]
         assert ([*record.sites], record.missing) == ([who], ())
         held[who] = replica
         sent = decode_tensors(
             encode_tensors(sites[who].trained[record.round], upload), SHAPES, upload
         )
         state = {name: state[name] + sent[name] for name in state}
-        base = held[ORDER[record.round % 4]]
+        base = held[ORDER[ROUTE[record.round]]]
         change = encode_tensors({name: state[name] - base[name] for name in base}, INT8)
         decoded = decode_tensors(change, SHAPES, INT8)
         replica = {name: base[name] + decoded[name] for name in base}
@@ -83,37 +95,37 @@ def test_a_site_is_given_the_whole_state_in_its_first_turn_alone(tmp_path):
     sites = _sites()
     records = run(_relay(tmp_path), FakeNetwork(sites))
     for place, name in enumerate(ORDER):
-        rounds = range(place + 1, 11, 4)
+        rounds = [number + 1 for number in range(10) if ROUTE[number] == place]
         forms = ["whole", *["change"] * (len(rounds) - 1)]
         assert _forms(sites[name]) == list(zip(rounds, forms, strict=True))
-    change = next(each for each in sites[ORDER[0]].asked if each.round == 5)
+    change = next(each for each in sites[ORDER[0]].asked if each.round == 8)
     sizes = {name: each.size for name, each in payload_tensors(change).items()}
     whole = next(each for each in sites[ORDER[0]].asked if each.round == 1)
     assert sum(sizes.values()) < sum(each.size for each in payload_tensors(whole).values())
-    assert records[4].sites[ORDER[0]].bytes_received == change.num_bytes
+    assert records[7].sites[ORDER[0]].bytes_received == change.num_bytes
 
 
 def test_a_site_that_lost_its_state_gets_it_whole(tmp_path):
     class Forgetful(FakeNetwork):
         def send(self, site, request):
-            if request.round == 5 and len(self.sites[site].asked) == 1:
+            if request.round == 8 and len(self.sites[site].asked) == 1:
                 self.sites[site].replica = None
             super().send(site, request)
 
     sites = _sites()
     run(_relay(tmp_path), Forgetful(sites))
-    assert _forms(sites[ORDER[0]]) == [(1, "whole"), (5, "change"), (5, "whole"), (9, "change")]
+    assert _forms(sites[ORDER[0]]) == [(1, "whole"), (8, "change"), (8, "whole"), (9, "change")]
 
 
 def test_a_group_that_missed_its_turn_gets_the_state_whole(tmp_path):
     late = ORDER[0]
 
     def lose(site, request, answer, network):
-        return None if (site, request.round) == (late, 3) else answer
+        return None if (site, request.round) == (late, 4) else answer
 
     sites = _sites()
     records = run(_relay(tmp_path, turns=2, quorum=1, num_rounds=6), FakeNetwork(sites, lose))
-    assert [record.missing for record in records] == [(), (), (late,), (), (), ()]
+    assert [record.missing for record in records] == [(), (), (), (late,), (), ()]
     assert [form for number, form in _forms(sites[late]) if number == 5] == ["whole"]
     assert [form for number, form in _forms(sites[ORDER[2]]) if number == 5] == ["change"]
 
@@ -149,7 +161,7 @@ def test_large_states_stay_as_long_as_a_turn_needs_them(tmp_path, monkeypatch):
     coordinator = _relay(tmp_path / "few")
     run(coordinator, FakeNetwork(sites))
     kept = sorted(path.name for path in (tmp_path / "few" / "state").iterdir())
-    assert kept == ["000", "006", "007", "008", "009", "010"]
+    assert kept == ["000", *(f"{number:03d}" for number in range(3, 11))]
     few, every = final_bytes(tmp_path / "few"), final_bytes(tmp_path / "all")
     assert all(every[name] == data for name, data in few.items() if "whole" not in name)
     losses = measure(coordinator, FakeNetwork(sites), max_tokens=5).losses
@@ -160,7 +172,7 @@ def test_a_run_of_pairs_can_be_replayed_without_a_site_and_one_of_single_sites_n
     coordinator = _relay(tmp_path / "pairs", turns=2)
     run(coordinator, FakeNetwork(_sites()))
     replay = replay_without(coordinator, ORDER[0], tmp_path / "left")
-    assert replay.rounds_with_site == (1, 3, 5, 7, 9)
+    assert replay.rounds_with_site == (1, 4, 5, 8, 9)
     coordinator = _relay(tmp_path / "single")
     run(coordinator, FakeNetwork(_sites()))
     with pytest.raises(InputError, match=r"by site .* alone"):
