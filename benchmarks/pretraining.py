@@ -87,7 +87,7 @@ class Setup:
     """Windows of a step at each site."""
     steps: int = 500
     """Local steps in a round: H."""
-    rounds: int = 8
+    rounds: int = 4
     """Of each site."""
     learning_rate: float = 7e-4
     """Of sites."""
