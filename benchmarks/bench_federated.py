@@ -37,11 +37,11 @@ from mutirao.federated.aggregation.low_rank_comparison import compare_rules
 
 PARTS = {"aggregator": "aggregator.json", "privacy": "privacy.json"}
 GIGABITS = (0.1, 1, 10)
-PLAIN = "together-bf16"
-FEDERATED = (PLAIN, "together-int8", "together-int4", "turns-bf16")
+PLAIN = "turns-bf16"
+FEDERATED = (PLAIN, "turns-int8", "turns-int4", "together-bf16")
 ROWS = (
-    "synchronous:0 together-bf16:0 together-int4:0 together-int8:0 turns-bf16:0 "
-    "synchronous:1 together-bf16:1 synchronous:2 together-bf16:2"
+    "synchronous:0 turns-bf16:0 synchronous:1 turns-bf16:1 synchronous:2 turns-bf16:2 "
+    "turns-int8:0 turns-int4:0 together-bf16:0"
 )
 
 

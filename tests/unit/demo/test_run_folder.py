@@ -5,6 +5,7 @@ import pytest
 from mutirao.artifact import write_artifact
 from mutirao.config import parse_recipe
 from mutirao.demo.recipe import DemoRecipe
+from mutirao.demo.road import check_recipe
 from mutirao.demo.run_folder import refuse_other_subject, remove_stale
 from mutirao.demo.steps import Step, do_step
 from mutirao.errors import InputError, RecipeError
@@ -58,3 +59,9 @@ def test_silos_must_not_share_a_folder(tmp_path, second):
 def test_each_bit_width_is_named_once(compress):
     with pytest.raises(RecipeError, match="each once"):
         parse_recipe(DemoRecipe, {"compress": compress})
+
+
+def test_silos_that_train_in_turns_are_refused(tmp_path):
+    recipe = parse_recipe(DemoRecipe, {"federated": {"turns": 2}})
+    with pytest.raises(RecipeError, match="each silo alone"):
+        check_recipe(recipe)
