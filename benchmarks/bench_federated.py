@@ -250,7 +250,7 @@ def draw(path: Path, table: dict[str, Any], steps: int, synchronous_bytes: int) 
     right.set_ylabel(f"bytes of a site, {steps} steps")
     right.set_yscale("log")
     for axes in (left, right):
-        axes.set_xticks(range(len(labels)), labels)
+        axes.set_xticks(range(len(labels)), [label.replace("-", "\n") for label in labels])
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path)
     plt.close(figure)
