@@ -12,8 +12,8 @@ from pathlib import Path
 from aggregator_task import Task, make_tensor, shapes_of
 
 from mutirao.federated.codec import CodecConfig
-from mutirao.federated.coordinator.journal import CoordinatorJournal
-from mutirao.federated.flower.deployment import LOOPBACK, open_coordinator, serve_coordinator
+from mutirao.federated.coordinator.journal import CoordinatorJournal, keep_coordinator
+from mutirao.federated.flower.deployment import LOOPBACK, serve_coordinator
 from mutirao.federated.identity import open_identity, public_hex
 from mutirao.federated.plan import FederatedConfig, Plan
 
@@ -46,7 +46,7 @@ def serve(task: Task) -> None:
     """Be the coordinator until all rounds are done."""
     sites = Path(task.folder) / "sites"
     keys = {name: public_hex(open_identity(sites / name / "identity")) for name in task.sites}
-    coordinator = open_coordinator(plan_of(task), keys, Path(task.folder) / "coordinator")
+    coordinator = keep_coordinator(plan_of(task), keys, Path(task.folder) / "coordinator")
     serve_coordinator(coordinator, port=task.port, host=LOOPBACK)
 
 

@@ -28,12 +28,14 @@ import numpy as np
 import pretraining
 import torch
 from heart_disease import ROOT
+from inference.machine import describe_machine
 from pretraining import DATA, SITES, Setup, mean_loss
 
 from mutirao.artifact import write_atomic
 from mutirao.environment import runs_directory, silence
 from mutirao.federated.aggregation.low_rank import Factors
 from mutirao.federated.aggregation.low_rank_comparison import compare_rules
+from mutirao.models.arithmetic import fast_dtype
 
 PARTS = {"aggregator": "aggregator.json", "privacy": "privacy.json"}
 GIGABITS = (0.1, 1, 10)
@@ -208,7 +210,9 @@ def write(arguments: argparse.Namespace, setup: Setup, outer: dict[str, Any]) ->
     document = {
         "command": "make bench-federated",
         "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{platform.machine()}, {arguments.threads} threads",
+        "machine": describe_machine(),
+        "threads": arguments.threads,
+        "compute_dtype": fast_dtype() if setup.compute_dtype == "auto" else setup.compute_dtype,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "setup": {**asdict(setup), "outer": outer, "sites": SITES},

@@ -12,7 +12,6 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -40,7 +39,7 @@ def measure_moments(
 ) -> Manifest:
     """Write a copy of a model with its second moments: the mean squared gradient of a step.
 
-    Every value has 0.3 of its tensor's mean added. A mean over some hundred steps says little of
+    Every value has 0.3 of its tensor's mean added. A mean over a few thousand steps says little of
     what changes in few of them, as the row of a rare token does, and one that is far too small
     would let its value leap in every round.
 
@@ -82,11 +81,18 @@ def measure_moments(
         path = writer.path / MOMENTS_PATH
         path.parent.mkdir(exist_ok=True)
         save_file(moments, path)
-        writer.metrics.update({**manifest.metrics, "second_moment_steps": result.num_steps})
+        writer.metrics.update(
+            {
+                **manifest.metrics,
+                "second_moment_steps": result.num_steps,
+                "second_moment_damping": _DAMPING,
+            }
+        )
     return read_manifest(out)
 
 
 def _mean_square(state: dict[str, Tensor]) -> Tensor:
     """Return the mean squared gradient that an AdamW has seen, damped."""
     moment = (state["exp_avg_sq"] / (1 - _NEARLY_ONE ** float(state["step"]))).cpu()
-    return moment + _DAMPING * moment.mean()
+    damped: Tensor = moment + _DAMPING * moment.mean()
+    return damped

@@ -61,8 +61,10 @@ class FederatedConfig(Config):
     num_rounds: int = Field(default=3, ge=1)
     """Rounds of local training and aggregation."""
     turns: int = Field(default=1, ge=1)
-    """Groups that the sites are split into, of which one trains in each round, there and back; 1 for
-    all sites in every round. With as many turns as sites the model travels from one to the next."""
+    """Groups that the sites are split into, of which one trains in each round, there and back; 1
+    for all sites in every round. With as many turns as sites the model travels from one to the
+    next. All groups train as much, and at the same mean rate, where ``num_rounds`` is a multiple of
+    twice the turns."""
     tokens_per_round: int = Field(default=10_050, ge=1)
     """Training tokens at each site in each round, in whole examples."""
     aggregation: Aggregation = "mean"
@@ -106,7 +108,7 @@ class FederatedConfig(Config):
     """Port of the SuperLink; 0 takes a free one."""
 
     def group(self, sites: Iterable[str], round_number: int) -> tuple[str, ...]:
-        """Return the sites whose turn a round is, sorted: the first group's, to the last's, and back.
+        """Return the sites whose turn a round is, sorted: of the first group to the last, and back.
 
         Where the rate falls, the groups' mean rates stay alike in this way.
         """

@@ -7,24 +7,19 @@ another, so memory holds one model however many there are.
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from mutirao.artifact import write_atomic
-from mutirao.config import load_json
 from mutirao.errors import InputError, MutiraoError
 from mutirao.federated.coordinator.events import Event
-from mutirao.federated.coordinator.journal import COORDINATOR_NAME, RoundRecord
+from mutirao.federated.coordinator.journal import RoundRecord, keep_coordinator
 from mutirao.federated.coordinator.rounds import IDENTITY_FOLDER, run_rounds
 from mutirao.federated.identity import open_identity, public_hex
 from mutirao.federated.network import Lost
 from mutirao.federated.parcel import Parcel
 from mutirao.federated.plan import Coordinator, Plan, Site
-
-RUN_ID_BYTES = 32
 
 Worker = Callable[[Parcel], Parcel]
 """A site: answers a request."""
@@ -108,19 +103,7 @@ def open_coordinator(plan: Plan, sites: Sequence[Site], work: Path) -> Coordinat
     keys = {site.name: public_hex(open_identity(site.work / "identity")) for site in sites}
     if len(keys) != len(sites):
         raise InputError("two sites have the same name; give each its own")
-    path = work / COORDINATOR_NAME
-    if not path.exists():
-        run_id = secrets.token_hex(RUN_ID_BYTES)
-        made = Coordinator(plan=plan, sites=keys, work=work, run_id=run_id)
-        write_atomic(path, made.model_dump_json(indent=1))
-        return made
-    kept = load_json(Coordinator, path)
-    if (kept.plan, kept.sites) != (plan, keys):
-        raise InputError(
-            f"{path} belongs to another plan or other sites; name another folder, or remove "
-            f"{work} to train anew"
-        )
-    return kept.model_copy(update={"work": work})
+    return keep_coordinator(plan, keys, work)
 
 
 def introduce(site: Site, coordinator: Coordinator) -> Site:

@@ -24,6 +24,7 @@ import fcntl
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -36,11 +37,13 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from mutirao.artifact import write_atomic
-from mutirao.config import Config
+from mutirao.config import Config, load_json
 from mutirao.errors import ArtifactError, InputError, explain_disk_errors
 from mutirao.federated.aggregation.outer import OuterOptimizer
 from mutirao.federated.coordinator.state_files import StateFile, writing
 from mutirao.federated.messages import printable
+from mutirao.federated.plan import Coordinator, Plan
+from mutirao.federated.secure.terms import RUN_ID_BYTES
 from mutirao.federated.site.replica import update_hash
 
 COORDINATOR_NAME = "coordinator.json"
@@ -324,6 +327,37 @@ class CoordinatorJournal:
     def _state_bytes(self, round_number: int) -> int:
         folder = self.state_path(round_number, "global").parent
         return sum(path.stat().st_size for path in folder.iterdir())
+
+
+def keep_coordinator(plan: Plan, sites: Mapping[str, str], work: Path) -> Coordinator:
+    """Return a run's coordinator, made and kept on first use.
+
+    Args:
+        plan: what is agreed. Where only port and waiting time are others than those of the
+            kept plan, that one goes on: they change nothing, and sites know a run by its plan.
+        sites: public key of each site, by name.
+        work: the coordinator's folder.
+
+    Raises:
+        InputError: the folder belongs to another plan or other sites.
+    """
+    work = work.resolve()
+    path = work / COORDINATOR_NAME
+    if not path.exists():
+        run_id = secrets.token_hex(RUN_ID_BYTES)
+        made = Coordinator(plan=plan, sites=dict(sites), work=work, run_id=run_id)
+        write_atomic(path, made.model_dump_json(indent=1))
+        return made
+    kept = load_json(Coordinator, path)
+    local = {"port": plan.federated.port, "connect_timeout_s": plan.federated.connect_timeout_s}
+    federated = kept.plan.federated.model_copy(update=local)
+    same = kept.plan.model_copy(update={"federated": federated}) == plan
+    if not same or kept.sites != sites:
+        raise InputError(
+            f"{path} belongs to another plan or other sites; name another folder, or remove "
+            f"{work} to train anew"
+        )
+    return kept.model_copy(update={"work": work})
 
 
 def _last_byte(file: BinaryIO) -> bytes:

@@ -1,6 +1,6 @@
 """What the coordinator asks for: signed requests that are the same after a restart.
 
-A state travels whole in round 1 and to whoever has lost it, as a change to all others. Both
+A state travels whole in a site's first turn and to whoever has lost it, as a change to others. Both
 lie in files beside the state, so that a request's payloads are views of them and take no
 memory. Everything in a request follows from the plan, the journal and the coordinator's key.
 """

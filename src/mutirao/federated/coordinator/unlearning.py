@@ -35,9 +35,8 @@ from mutirao.federated.coordinator.journal import (
 )
 from mutirao.federated.coordinator.next_state import write_next_state
 from mutirao.federated.coordinator.rounds import IDENTITY_FOLDER, open_updates
-from mutirao.federated.plan import Coordinator
-
-RUN_ID_BYTES = 32
+from mutirao.federated.plan import Coordinator, FederatedConfig
+from mutirao.federated.secure.terms import RUN_ID_BYTES
 
 
 @dataclass(frozen=True)
@@ -146,8 +145,8 @@ def prepare_without(coordinator: Coordinator, site: str, out: Path) -> Coordinat
         out: new folder of the new run.
 
     Returns:
-        The new coordinator, kept in its folder too; ``run_rounds`` trains what is missing. It
-        has the old one's key, so sites need no new one.
+        The new coordinator, kept in its folder too; ``run_rounds`` trains what is missing, with
+        turns from the beginning of a cycle. It has the old one's key, so sites need no new one.
 
     Raises:
         InputError: the site took part in no round, the others are too few for the plan, or the
@@ -161,7 +160,7 @@ def prepare_without(coordinator: Coordinator, site: str, out: Path) -> Coordinat
         raise InputError(f"site {site} is the only one of the run; nobody is left to train")
     check_plan(coordinator.plan, len(sites))
     _check_new(out)
-    kept = max(number for number in range(first) if journal.has_state(number))
+    kept = _last_whole(journal, coordinator.plan.federated, first)
     numbers = range(kept + 1)
     _copy(coordinator.work, out, START_FOLDER, IDENTITY_FOLDER)
     _copy(coordinator.work, out, *(f"state/{number:03d}" for number in numbers))
@@ -172,6 +171,22 @@ def prepare_without(coordinator: Coordinator, site: str, out: Path) -> Coordinat
     )
     write_atomic(out / COORDINATOR_NAME, made.model_dump_json(indent=1))
     return made
+
+
+def _last_whole(journal: CoordinatorJournal, config: FederatedConfig, first: int) -> int:
+    """Return the last round before another from which a run can go on with other sites.
+
+    It ends a cycle, since groups are cut anew and nobody shall have two turns in one; and the
+    states that later changes lead from are there.
+    """
+    for number in range(first - 1, 0, -1):
+        later = range(number + 1, number + 2 * config.turns)
+        bases = {number, *(config.basis(each) for each in later)}
+        if number % config.turns == 0 and all(
+            journal.has_state(each) for each in bases if each <= number
+        ):
+            return number
+    return 0
 
 
 def _check_site(records: list[RoundRecord], site: str) -> int:

@@ -25,13 +25,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mutirao.artifact import write_atomic
-from mutirao.config import load_json
 from mutirao.environment import child_environment
-from mutirao.errors import FederationError, InputError, PortInUseError
+from mutirao.errors import FederationError, PortInUseError
 from mutirao.federated.coordinator.journal import (
     COORDINATOR_NAME,
     CoordinatorJournal,
     RoundRecord,
+    keep_coordinator,
 )
 from mutirao.federated.flower.certificates import Certificates
 from mutirao.federated.flower.connection import (
@@ -95,7 +95,7 @@ def run_federation(
     if len(journal.records()) >= plan.federated.num_rounds:
         return journal.records()
     keys = {site.name: public_hex(open_identity(site.work / "identity")) for site in sites}
-    coordinator = open_coordinator(plan, keys, work)
+    coordinator = keep_coordinator(plan, keys, work)
     port = claim_port(plan.federated.port, LOOPBACK)
     federation = Federation(coordinator, LOOPBACK, port)
     for site in sites:
@@ -148,37 +148,6 @@ def serve_coordinator(
         coordinator, host, claim_port(port, host), certificates, tuple(node_keys)
     )
     return federation.run(on_watch)
-
-
-def open_coordinator(plan: Plan, sites: dict[str, str], work: Path) -> Coordinator:
-    """Return the coordinator's file, made and kept on first use.
-
-    Args:
-        plan: what is agreed. Where only port and waiting time are others than those of the
-            kept plan, that one goes on: they change nothing, and sites know a run by its plan.
-        sites: public key of each site, by name.
-        work: the coordinator's folder.
-
-    Raises:
-        InputError: the folder belongs to another plan or other sites.
-    """
-    work = work.resolve()
-    path = work / COORDINATOR_NAME
-    if path.exists():
-        kept = load_json(Coordinator, path)
-        local = {"port": plan.federated.port, "connect_timeout_s": plan.federated.connect_timeout_s}
-        federated = kept.plan.federated.model_copy(update=local)
-        same = kept.plan.model_copy(update={"federated": federated}) == plan
-        if not same or kept.sites != sites:
-            raise InputError(
-                f"{path} belongs to another plan or other sites; name another folder, or remove "
-                f"{work} to train anew"
-            )
-        return kept.model_copy(update={"work": work})
-    run_id = secrets.token_hex(32)
-    made = Coordinator(plan=plan, sites=sites, work=work, run_id=run_id)
-    write_atomic(path, made.model_dump_json(indent=1))
-    return made
 
 
 def claim_port(port: int, host: str) -> int:

@@ -72,11 +72,11 @@ def open_run(recipe: FederationRecipe) -> tuple[Plan, Coordinator, Certificates 
     Raises:
         InputError: the work folder belongs to another recipe, or certificates are missing.
     """
-    from mutirao.federated.flower.deployment import open_coordinator
+    from mutirao.federated.coordinator.journal import keep_coordinator
 
     certificates = open_certificates(recipe.certificates) if recipe.certificates else None
     plan = open_plan(recipe)
-    coordinator = open_coordinator(plan, recipe.public_keys(), recipe.coordinator_folder)
+    coordinator = keep_coordinator(plan, recipe.public_keys(), recipe.coordinator_folder)
     return plan, coordinator, certificates
 
 

@@ -17,7 +17,7 @@ from mutirao.errors import InputError
 from mutirao.federated.codec import CodecConfig, decode_tensors, encode_tensors
 from mutirao.federated.coordinator.journal import CoordinatorJournal
 from mutirao.federated.coordinator.measures import measure
-from mutirao.federated.coordinator.unlearning import replay_without
+from mutirao.federated.coordinator.unlearning import prepare_without, replay_without
 from mutirao.federated.messages import TrainRequest, payload_tensors, read_fields
 from mutirao.federated.plan import FederatedConfig
 
@@ -177,3 +177,24 @@ def test_a_run_of_pairs_can_be_replayed_without_a_site_and_one_of_single_sites_n
     run(coordinator, FakeNetwork(_sites()))
     with pytest.raises(InputError, match=r"by site .* alone"):
         replay_without(coordinator, ORDER[0], tmp_path / "none")
+
+
+@pytest.mark.parametrize(("small", "num_kept"), [(10**9, 4), (10, 0)])
+def test_a_run_without_a_site_goes_on_from_the_end_of_a_cycle(
+    tmp_path, monkeypatch, small, num_kept
+):
+    monkeypatch.setattr("mutirao.federated.coordinator.journal.SMALL_STATE_BYTES", small)
+    late = ORDER[3]
+
+    def lose(site, request, answer, network):
+        return None if site == late and request.round < 6 else answer
+
+    coordinator = _relay(tmp_path / "old", turns=2, quorum=1, num_rounds=8)
+    run(coordinator, FakeNetwork(_sites(), lose))
+    made = prepare_without(coordinator, late, tmp_path / "new")
+    assert len(CoordinatorJournal(made.work).records()) == num_kept
+    others = {name: FakeSite(name) for name in NAMES if name != late}
+    records = run(made, FakeNetwork(others))
+    for cycle in range(4):
+        visits = [name for each in records[2 * cycle : 2 * cycle + 2] for name in each.sites]
+        assert sorted(visits) == sorted(others)
