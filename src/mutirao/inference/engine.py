@@ -10,8 +10,6 @@ neither PyTorch nor transformers, except where there is no native kernel.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import dataclasses
 import gc
 import os
@@ -22,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from mutirao.environment import release_memory
 from mutirao.errors import InputError, MissingKernelError
 from mutirao.inference.architecture.program import compile_program
 from mutirao.inference.calibration import TEXT, Calibration, calibrate
@@ -385,9 +384,7 @@ def peak_memory_bytes() -> int:
 
 def resident_memory_bytes() -> int:
     """Return the resident memory of this process now, in bytes, once what is free is given back."""
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)  # what building and calibrating left
+    release_memory()  # what building and calibrating left
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize()
 
