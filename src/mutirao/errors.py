@@ -7,7 +7,8 @@
     │   ├── DataError            2  a silo is empty, not UTF-8, or has no usable record
     │   ├── FormatError          2  a model file is truncated, damaged or unsupported
     │   ├── ShapeError           2  tensors do not fit together
-    │   └── PortInUseError       2  a port that was asked for is taken
+    │   ├── PortInUseError       2  a port that was asked for is taken
+    │   └── OutOfRangeError      2  a prediction was asked for outside of what was measured
     ├── ArtifactError            1  an artifact is incomplete or was altered
     ├── NetworkError             1  a download failed or no network is there
     │   └── ChecksumError        1  what came is not what was pinned
@@ -70,6 +71,10 @@ class ShapeError(InputError):
 
 class PortInUseError(InputError):
     """A port that was asked for is taken by another process."""
+
+
+class OutOfRangeError(InputError):
+    """A prediction was asked for outside of the range that its law was calibrated in."""
 
 
 class ArtifactError(MutiraoError):

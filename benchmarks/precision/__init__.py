@@ -1,0 +1,1 @@
+"""The sweep behind the precision law: small decoders trained on real text, then rounded."""

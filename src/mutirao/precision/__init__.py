@@ -1,0 +1,1 @@
+"""The precision law, the cost of a model's life, and their calibration; plain mathematics."""
