@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from precision.text import VOCABULARY, WINDOW
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from precision.text import VOCABULARY, WINDOW
 
 HEAD_WIDTH = 32
 NUM_BLOCKS = 4

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from precision.text import Text
 from torch import Tensor
 from torch.nn import functional
 
 from mutirao.compress.blocks import linear_layers, walk_blocks
 from mutirao.compress.gptq import gptq_weight
 from mutirao.compress.grid import best_grid, quantize_weight
+from precision.text import Text
 
 HELDOUT_WINDOWS = 512
 """131,072 bytes."""

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from precision.family import SIZES, make_model
-from precision.text import WINDOW, Text
 from torch import Tensor, nn
 
 from mutirao.train.config import TrainConfig
 from mutirao.train.loop import apply_step, autocast, make_optimizer
 from mutirao.train.packed import next_token_loss_sum
+from precision.family import SIZES, make_model
+from precision.text import WINDOW, Text
 
 WINDOWS = 16
 """Of a step."""

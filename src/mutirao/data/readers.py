@@ -51,6 +51,21 @@ def read_folder(folder: Path) -> Iterator[Record]:
     return _read_files(folder, list_files(folder))
 
 
+def read_file(path: Path) -> Iterator[Record]:
+    """Read every record of one file, one line or piece at a time.
+
+    Args:
+        path: a ``.jsonl``, ``.txt`` or ``.md`` file.
+
+    Raises:
+        DataError: see ``read_folder``.
+    """
+    if not path.is_file() or path.suffix.lower() not in ACCEPTED_SUFFIXES:
+        what = "is of another kind" if path.is_file() else "is no file"
+        raise DataError(f"{path} {what} (expected a .jsonl, .txt or .md file)")
+    return _read_files(path.parent, [path])
+
+
 def list_files(folder: Path) -> list[Path]:
     """Return the files that ``read_folder`` reads, in the order in which it does.
 

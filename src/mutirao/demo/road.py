@@ -362,7 +362,7 @@ def compress_steps(road: Road) -> list[Step]:
 
 
 def _make_compressed(merged: Path, path: Path, config: CompressConfig) -> None:
-    from mutirao.compress.rtn import compress_model
+    from mutirao.compress.compression import compress_model
 
     compress_model(merged, path, config)
 

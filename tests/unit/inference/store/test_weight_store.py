@@ -563,7 +563,7 @@ def test_a_compressed_directory_is_what_its_own_reader_reads(tiny_model_director
     from safetensors.torch import load_file
 
     from mutirao.compress.config import CompressConfig
-    from mutirao.compress.rtn import compress_model
+    from mutirao.compress.compression import compress_model
     from mutirao.formats.compressed_tensors import expand_state
 
     folder = tmp_path / "compressed"

@@ -1,16 +1,21 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 from mutirao.artifact import open_artifact, write_artifact
-from mutirao.compress.config import CompressConfig
+from mutirao.cli.app import app
+from mutirao.compress.compression import compress_model
+from mutirao.compress.config import CompressConfig, TextConfig
 from mutirao.compress.grid import quantize_weight
-from mutirao.compress.rtn import compress_model
+from mutirao.compress.windows import read_windows
 from mutirao.config import Config, parse_recipe
-from mutirao.errors import ArtifactError, InputError, RecipeError, ShapeError
-from mutirao.formats.huggingface import load_causal_lm
+from mutirao.errors import ArtifactError, DataError, InputError, RecipeError, ShapeError
+from mutirao.formats.huggingface import load_causal_lm, save_causal_lm
 from mutirao.models.arithmetic import fast_dtype
 from mutirao.models.causal import CausalModel
 
@@ -107,3 +112,58 @@ def test_unsupported_bits_are_named():
         parse_recipe(Recipe, {"compress": {"bits": 5}})
     with pytest.raises(RecipeError, match=message):
         CompressConfig(bits=5)
+
+
+def _text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("fever and cough for three days. " * 400)
+    return path
+
+
+TEXT = TextConfig(window_tokens=32, calibration_windows=8, heldout_windows=6)
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_what_was_written_is_opened_again_and_measured(tiny_model_directory, tmp_path, method):
+    out = tmp_path / "small"
+    config = CompressConfig(method=method, bits=3)
+    metrics = compress_model(
+        tiny_model_directory, out, config, text=_text(tmp_path), text_config=TEXT
+    )
+    assert metrics == open_artifact(out, "model").metrics
+    original, compressed = CausalModel.open(tiny_model_directory), CausalModel.open(out)
+    windows = read_windows(_text(tmp_path), original, TEXT)
+    assert metrics["heldout.num_tokens"] == 6 * 31
+    for name, model in (("original", original), ("compressed", compressed)):
+        sequences = windows.heldout.tolist()
+        scores = model.token_logprobs(sequences, [1] * len(sequences))
+        loss = -sum(float(each.sum()) for each in scores) / (6 * 31)
+        assert metrics[f"heldout.{name}"] == pytest.approx(loss, abs=0.02)
+    assert metrics["heldout.divergence"] > 0
+    assert "GPTQ" in (out / "README.md").read_text() or method == "rtn"
+
+
+def test_gptq_without_text_is_refused(tiny_model_directory, tmp_path):
+    with pytest.raises(InputError, match="--text"):
+        compress_model(tiny_model_directory, tmp_path / "small", CompressConfig(method="gptq"))
+    assert not (tmp_path / "small").exists()
+
+
+def test_weights_that_are_not_finite_are_refused(tiny_model_directory, tmp_path):
+    model, tokenizer = load_causal_lm(tiny_model_directory)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 4] = torch.nan
+    save_causal_lm(model, tokenizer, tmp_path / "damaged")
+    with pytest.raises(DataError, match=r"layers\.1\.mlp\.up_proj are not finite"):
+        compress_model(tmp_path / "damaged", tmp_path / "small", CompressConfig())
+    assert not (tmp_path / "small").exists()
+
+
+def test_the_command_says_what_it_cost(tiny_model_directory, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("fever and cough for three days. " * 6000)
+    command = ["compress", str(tiny_model_directory), "--method", "gptq", "--bits", "4"]
+    command += ["--text", str(text), "--out", str(tmp_path / "small"), "--json"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["heldout.rise"] == pytest.approx(0, abs=0.5)
