@@ -13,7 +13,7 @@ INSTALLED := $(VENV)/.installed
 INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX),)
 CONSTRAINTS := $(CURDIR)/constraints.txt
 
-.PHONY: help demo test test-slow check fmt bench bench-demo bench-outcome bench-inference bench-plan bench-federated bench-aggregator bench-privacy clean
+.PHONY: help demo test test-slow check fmt bench bench-demo bench-outcome bench-inference bench-plan bench-federated bench-aggregator bench-privacy bench-export bench-precision clean
 .DEFAULT_GOAL := help
 
 help:  ## say what can be made
@@ -46,7 +46,7 @@ fmt: $(INSTALLED)  ## format and mend what can be mended
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: bench-demo bench-outcome bench-inference bench-plan bench-aggregator bench-privacy bench-federated  ## all benchmarks
+bench: bench-demo bench-outcome bench-inference bench-plan bench-aggregator bench-privacy bench-export bench-federated  ## all benchmarks
 
 bench-demo: $(INSTALLED)  ## time and memory of the demonstration, anew, several runs
 	$(BIN)/python benchmarks/bench_demo.py
@@ -68,6 +68,12 @@ bench-aggregator: $(INSTALLED)  ## memory, bytes, time, recovery of the aggregat
 
 bench-privacy: $(INSTALLED)  ## attacks on updates and models, with and without defences
 	$(BIN)/python benchmarks/bench_privacy.py $(ARGS)
+
+bench-export: $(INSTALLED)  ## exported GGUF files in llama.cpp, beside their source
+	$(BIN)/python benchmarks/export_parity.py $(ARGS)
+
+bench-precision: $(INSTALLED)  ## train small decoders, round them in every way; resumable (hours)
+	$(BIN)/python benchmarks/bench_precision.py $(ARGS)
 
 clean:  ## remove what was built; downloads and runs under MUTIRAO_HOME stay
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -7,7 +7,19 @@ from typing import Annotated
 import typer
 
 from mutirao import __version__
-from mutirao.cli import demo, doctor, federate, init, plan, report, run, schema, serve
+from mutirao.cli import (
+    compress,
+    demo,
+    doctor,
+    export,
+    federate,
+    init,
+    plan,
+    report,
+    run,
+    schema,
+    serve,
+)
 
 app = typer.Typer(
     name="mutirao",
@@ -40,6 +52,8 @@ app.command("doctor")(doctor.doctor)
 app.command("schema")(schema.schema)
 app.command("init")(init.init)
 app.command("report")(report.report)
+app.command("compress")(compress.compress)
+app.command("export")(export.export)
 app.command("plan")(plan.plan)
 app.command("run")(run.run)
 app.command("chat")(run.chat)

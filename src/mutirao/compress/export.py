@@ -11,11 +11,14 @@ The check holds the model in float32, source and export one after the other: fou
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from pydantic import Field, JsonValue
 
 from mutirao.artifact import MANIFEST_NAME, ArtifactWriter, open_artifact, write_artifact
@@ -45,7 +48,6 @@ from mutirao.formats.huggingface import (
     model_license,
     save_causal_lm,
 )
-from mutirao.formats.safetensors_reader import read_model_tensors
 
 GGUF_NAME = "model.gguf"
 DTYPES: dict[WeightType, Dtype] = {
@@ -128,13 +130,9 @@ def plan_export(path: Path, config: ExportConfig) -> ExportPlan:
         return _plan_of_gguf(plan_gguf(path, config.weight_type))
     check_model_directory(path)
     dtype = _dtype(config)
-    shapes = [
-        each.shape for name, each in read_model_tensors(path).items() if _is_weight(name)
-    ]
-    num_weights = sum(_size(shape) for shape in shapes)
-    num_weights += _num_packed(path)
-    size = 4 if dtype == "float32" else 2
-    return ExportPlan("huggingface", {dtype: len(shapes)}, size * num_weights, 4 * num_weights, ())
+    num_tensors, num_weights = _count_weights(path)
+    size_bytes = num_weights * getattr(torch, dtype).itemsize
+    return ExportPlan("huggingface", {dtype: num_tensors}, size_bytes, 4 * num_weights, ())
 
 
 def export_model(
@@ -186,12 +184,12 @@ def _check_places(path: Path, out: Path) -> None:
     source, target = path.resolve(), out.resolve()
     if target == source or target in source.parents:
         raise InputError(f"--out {out} holds the model itself; name another folder")
-    if target.exists() and not (target / MANIFEST_NAME).is_file():
-        if not target.is_dir() or any(target.iterdir()):
-            raise InputError(
-                f"--out {out} exists and is no artifact, so it is not written over; name a new "
-                "folder"
-            )
+    is_ours = (target / MANIFEST_NAME).is_file()
+    is_empty = target.is_dir() and not any(target.iterdir())
+    if target.exists() and not is_ours and not is_empty:
+        raise InputError(
+            f"--out {out} exists and is no artifact, so it is not written over; name a new folder"
+        )
 
 
 def _write_gguf(
@@ -206,7 +204,7 @@ def _write_gguf(
     if config.check:
         check_tokens(path, file)
         parity = _parity(path, file, config, plan.change, read_logits)
-    card = _gguf_card(path, told, plan, parity)
+    card = _gguf_card(path, told, plan.architecture, parity)
     (writer.path / "README.md").write_text(card, encoding="utf-8")
     return told, parity
 
@@ -252,10 +250,49 @@ def _parity(
 
 
 def _plan_of_gguf(plan: GGUFPlan) -> ExportPlan:
-    num_weights = sum(_size(tensor.shape) for tensor in plan.tensors)
+    num_weights = sum(math.prod(tensor.shape) for tensor in plan.tensors)
     return ExportPlan(
         "gguf", plan.num_tensors_by_type, plan.size_bytes, 4 * num_weights, plan.notes
     )
+
+
+def _count_weights(path: Path) -> tuple[int, int]:
+    """Return how many tensors and how many numbers a model has, without loading any."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                AutoConfig.from_pretrained(str(path), local_files_only=True),
+                trust_remote_code=False,
+            )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        first_line = str(error).strip().partition("\n")[0]
+        raise FormatError(f"{path} cannot be read by transformers: {first_line}") from None
+    return len(list(model.parameters())), model.num_parameters()
+
+
+def _gguf_card(path: Path, told: ExportPlan, architecture: str, parity: Parity | None) -> str:
+    """Return the model card of a GGUF file."""
+    license = model_license(path)
+    front = ["library_name: gguf", "pipeline_tag: text-generation"]
+    front += [f"license: {json.dumps(license)}"] if license else []
+    types = ", ".join(f"{num} {kind}" for kind, num in told.num_tensors_by_type.items())
+    body = [
+        f"# {path.name} as GGUF",
+        f"`{GGUF_NAME}`, architecture {architecture}, {format_bytes(told.size_bytes)} of weights "
+        f"(tensors: {types}), written by Mutirão. llama.cpp and what stands on it run it, and "
+        f"`mutirao run {GGUF_NAME}`.",
+        *told.notes,
+    ]
+    if parity is not None:
+        body.append(
+            f"Read back and compared with its source on {parity.num_tokens} tokens: mean KL "
+            f"divergence {parity.mean_kl_nats:.2g} nats per token, largest difference of a logit "
+            f"{parity.max_logit_difference:.2g}, the same likeliest token at "
+            f"{100 * parity.same_top_share:.1f} % of positions."
+        )
+    return "\n".join(["---", *front, "---", ""]) + "\n" + "\n\n".join(body) + "\n"
 
 
 def _dtype(config: ExportConfig) -> Dtype:

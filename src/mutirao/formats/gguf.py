@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from mutirao.errors import FormatError
 from mutirao.formats.gguf_header import read_gguf_header
-from mutirao.formats.huggingface import save_causal_lm, without_progress_bars
+from mutirao.formats.huggingface import Dtype, save_causal_lm, without_progress_bars
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -80,7 +80,7 @@ def convert_gguf(path: Path, out: Path) -> None:
     """
     summary = check_gguf(path)
     try:
-        model, tokenizer = _load(path)
+        model, tokenizer = load_gguf(path)
     except (
         ValueError,
         KeyError,
@@ -102,8 +102,15 @@ def convert_gguf(path: Path, out: Path) -> None:
     )
 
 
-def _load(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """Load model (bfloat16, evaluation mode) and tokenizer out of a GGUF file."""
+def load_gguf(
+    path: Path, dtype: Dtype = "bfloat16"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """Load a model in evaluation mode, and its tokenizer, out of a GGUF file by transformers.
+
+    Args:
+        path: the file, checked before (``check_gguf``).
+        dtype: of the weights in memory.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -122,7 +129,7 @@ def _load(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     model.config._name_or_path = path.stem
     vars(model.config).pop("_model_name_or_path", None)
     _mend_tokenizer(tokenizer, path, model.config.max_position_embeddings)
-    return model.bfloat16().eval(), tokenizer
+    return model.to(getattr(torch, dtype)).eval(), tokenizer
 
 
 def _mend_tokenizer(tokenizer: PreTrainedTokenizerFast, path: Path, max_length: int) -> None:

@@ -129,6 +129,21 @@ def save_causal_lm(
         write_atomic(folder / "README.md", _model_card(model, base_model, license, description))
 
 
+def model_license(folder: Path) -> str | None:
+    """Return the licence that a directory's model card names in its front matter, if any."""
+    try:
+        lines = (folder / "README.md").read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return None
+    if lines[:1] != ["---"] or "---" not in lines[1:]:
+        return None
+    for line in lines[1 : lines.index("---", 1)]:
+        key, _, value = line.partition(":")
+        if key == "license":
+            return value.strip().strip("\"'") or None
+    return None
+
+
 @contextmanager
 def without_progress_bars() -> Iterator[None]:
     """Keep transformers' own progress bars off the terminal; ours say what matters."""

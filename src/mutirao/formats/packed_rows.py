@@ -39,21 +39,41 @@ class PackedLayer:
     shape: tuple[int, int]
     """(O, I)."""
 
+    @property
+    def group_size(self) -> int:
+        """Weights along the input that share a scale."""
+        return self.shape[1] // self.scale.shape[1]
+
     def read_rows(self, read: Read, begin: int, end: int) -> NDArray[np.uint8]:
         """Return rows begin..end as bfloat16, their bytes."""
-        num_outputs, num_inputs = self.shape
-        num_groups = self.scale.shape[1]
+        return to_bfloat16(expand_codes(*self.read_codes(read, begin, end)))
+
+    def read_codes(
+        self, read: Read, begin: int, end: int
+    ) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.uint8]]:
+        """Return codes (O, I), scales (O, G) and codes of zero (O, G) of rows begin..end."""
         words = read(self.codes, begin, end).reshape(end - begin, -1)
-        codes = unpack_bits(words, self.num_bits, num_inputs).astype(np.float32)
-        scale_OG = _floats(read(self.scale, begin, end), self.scale.dtype).reshape(-1, num_groups)
-        zero_OG = np.full(scale_OG.shape, 2.0 ** (self.num_bits - 1), np.float32)
-        if self.zero_point is not None:
-            whole = read(self.zero_point, 0, self.zero_point.shape[0]).view("<u4")
-            by_group = np.ascontiguousarray(whole.reshape(-1, num_groups).T).view(np.uint8)
-            zero_GO = unpack_bits(by_group, self.num_bits, num_outputs)
-            zero_OG = zero_GO[:, begin:end].T.astype(np.float32)
-        codes_OGS = codes.reshape(end - begin, num_groups, -1)
-        return to_bfloat16((codes_OGS - zero_OG[..., None]) * scale_OG[..., None])
+        codes_OI = unpack_bits(words, self.num_bits, self.shape[1])
+        scale = _floats(read(self.scale, begin, end), self.scale.dtype)
+        return codes_OI, scale.reshape(-1, self.scale.shape[1]), self.read_zero(read, begin, end)
+
+    def read_zero(self, read: Read, begin: int, end: int) -> NDArray[np.uint8]:
+        """Return the codes of zero (O, G) of rows begin..end."""
+        num_groups = self.scale.shape[1]
+        if self.zero_point is None:
+            return np.full((end - begin, num_groups), 2 ** (self.num_bits - 1), np.uint8)
+        whole = read(self.zero_point, 0, self.zero_point.shape[0]).view("<u4")
+        by_group = np.ascontiguousarray(whole.reshape(-1, num_groups).T).view(np.uint8)
+        return unpack_bits(by_group, self.num_bits, self.shape[0])[:, begin:end].T
+
+
+def expand_codes(
+    codes_OI: NDArray[np.uint8], scale_OG: NDArray[np.float32], zero_OG: NDArray[np.uint8]
+) -> NDArray[np.float32]:
+    """Return the (O, I) weights that codes stand for: (code - zero) * scale."""
+    codes_OGS = codes_OI.reshape(*scale_OG.shape, -1).astype(np.float32)
+    shifted_OGS = codes_OGS - zero_OG.astype(np.float32)[..., None]
+    return (shifted_OGS * scale_OG[..., None]).reshape(codes_OI.shape)
 
 
 def packed_bits(config: dict[str, Any]) -> int | None:

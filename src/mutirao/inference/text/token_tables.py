@@ -24,10 +24,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mutirao.errors import FormatError, explain_disk_errors
+from mutirao.formats.gguf_tokenizer import SPACE
 
 MAGIC = b"mutirao token tables 1\n"
-SPACE = "▁"
-"""What SentencePiece writes for a space, U+2581."""
 MAX_TOKENS = 1 << 22
 """Largest token id that is believed: sixteen times the largest vocabulary of 2026."""
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mutirao.errors import FormatError, explain_disk_errors
-from mutirao.inference.text.gguf_tokenizer import convert_gguf_tokenizer
+from mutirao.formats.gguf_tokenizer import convert_gguf_tokenizer
 from mutirao.inference.text.token_tables import build_tables
 from mutirao.inference.text.tokenizer import CONFIG_FILE, TABLES_FILE, TOKENIZER_FILE
 

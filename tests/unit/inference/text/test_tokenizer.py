@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from small_vocabularies import CHAT_TEMPLATE, EDGES, byte_level, sentencepiece
 
 from mutirao.errors import FormatError, InputError
-from mutirao.inference.text.gguf_tokenizer import merges_from_scores
-from mutirao.inference.text.pre_tokenizers import PRE_TOKENIZERS
+from mutirao.formats.gguf_tokenizer import merges_from_scores
+from mutirao.formats.pre_tokenizers import PRE_TOKENIZERS
 from mutirao.inference.text.token_tables import TokenTables, build_tables, word_hash
 from mutirao.inference.text.tokenizer import Tokenizer
 from mutirao.inference.text.tokenizer_files import write_tokenizer

@@ -12,8 +12,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeGuard
 
 from mutirao.errors import FormatError
-from mutirao.inference.text.pre_tokenizers import BYTE_LEVEL, find_pre_tokenizer
-from mutirao.inference.text.token_tables import SPACE
+from mutirao.formats.pre_tokenizers import BYTE_LEVEL, find_pre_tokenizer
+
+SPACE = "▁"
+"""What SentencePiece writes for a space, U+2581."""
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """Types of tokens (``tokenizer.ggml.token_type``)."""
