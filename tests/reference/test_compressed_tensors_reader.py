@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mutirao.compress.config import CompressConfig
 from mutirao.compress.compression import compress_model
+from mutirao.compress.config import CompressConfig
 from mutirao.formats.compressed_tensors import expand_state, pack_codes
 
 helpers = pytest.importorskip(

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from mutirao.compress.config import CompressConfig
 from mutirao.compress.compression import compress_model
+from mutirao.compress.config import CompressConfig
 from mutirao.errors import FormatError
 from mutirao.formats.compressed_tensors import expand_state
 from mutirao.formats.packed_rows import find_layer, packed_bits, to_bfloat16

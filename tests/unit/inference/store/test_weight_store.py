@@ -562,8 +562,8 @@ def test_norms_of_gemma_are_stored_with_their_one(tiny_model_directory, tmp_path
 def test_a_compressed_directory_is_what_its_own_reader_reads(tiny_model_directory, tmp_path):
     from safetensors.torch import load_file
 
-    from mutirao.compress.config import CompressConfig
     from mutirao.compress.compression import compress_model
+    from mutirao.compress.config import CompressConfig
     from mutirao.formats.compressed_tensors import expand_state
 
     folder = tmp_path / "compressed"
