@@ -217,6 +217,7 @@ def quantize(
         "options": setting.options,
     }
     environment = _environment(threads)
+    own = {}
     if setting.peer == "llama.cpp":
         own = {
             "quantize": str(_program(folder)),
@@ -239,6 +240,8 @@ def quantize(
         path = out / each / "figures.json"
         figures = json.loads(path.read_text(encoding="utf-8"))
         figures |= {"peer": setting.peer, "setting": setting.name}
+        for name in own:  # paths of this machine
+            del figures["options"][name]
         figures["peak_bytes"] = memory.peak_bytes
         figures["peak_measure"] = memory.measure
         figures["process_seconds"] = round(seconds, 3)
