@@ -41,12 +41,12 @@ TOLERANCES = {
     Change.CODES: 1e-3,
     Change.ROUNDED_16: 1e-3,
     Change.ROUNDED_8: 0.05,
-    Change.ROUNDED_4: 2.0,
+    Change.ROUNDED_4: 0.8,
 }
 """Largest accepted mean KL divergence, in nats per token, by what was done to the weights. Where
-nothing was, only float32 sums differ. The others are some times what was measured
-(docs/benchmarks/README.md); 4 bits cost what they cost, so that theirs finds broken files only: a
-model with its heads or layers in disorder is further off."""
+nothing was, only float32 sums differ. SmolLM2-135M-Instruct (2026-11-27) has 1e-11 kept, 2e-6
+with its 4-bit codes, 0.0014 in Q8_0, 0.44 in Q4_0; with the rows of queries and keys in disorder
+1.03, so that at 4 bits a small model's loss is not far from an error's."""
 
 NUM_WINDOWS = 4
 WINDOW_TOKENS = 48
