@@ -21,6 +21,7 @@ from precision.text import Text, prepare
 from precision.training import STEP_TOKENS, Run, train_run
 
 from mutirao.console import step_progress
+from mutirao.environment import cache_directory
 
 
 def main() -> None:
@@ -70,6 +71,8 @@ def sweep_run(folder: Path, run: Run, text: Text, wanted: list[Rounding] = ALL) 
             model = make_model(size, run.seed)
             model.load_state_dict(torch.load(path))
             with rows_path.open("a", encoding="utf-8") as file:
+                if _is_cut(rows_path):
+                    file.write("\n")
                 for row in measure(model, text, left):
                     file.write(json.dumps(common | row) + "\n")
                     file.flush()
@@ -87,13 +90,19 @@ def read_rows(path: Path) -> list[dict[str, object]]:
     return rows
 
 
+def _is_cut(path: Path) -> bool:
+    """Say whether a kill left a line without its end, which the next row must not go on."""
+    content = path.read_bytes()
+    return bool(content) and not content.endswith(b"\n")
+
+
 def _key(row: dict[str, object]) -> tuple[object, ...]:
     return tuple(row[name] for name in ("num_tokens", "is_decayed", "method", "group", "bits"))
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, default=Path.home() / ".cache/mutirao-precision")
+    parser.add_argument("--folder", type=Path, default=cache_directory() / "bench-precision")
     parser.add_argument("--sizes", default="64,96,128")
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--steps", default="256,512,1024,2048")

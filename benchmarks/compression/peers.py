@@ -30,7 +30,7 @@ from typing import Any
 
 import psutil
 from aggregator_memory import MemorySampler, tree_of
-from inference.installation import LLAMA_CPP_OPTIONS, LLAMA_CPP_VERSION, _download_source
+from inference.installation import LLAMA_CPP_OPTIONS, LLAMA_CPP_VERSION, download_source
 
 from mutirao.artifact import write_atomic
 from mutirao.environment import cache_directory
@@ -305,7 +305,7 @@ def _build_llama_cpp(folder: Path) -> None:
         return
     if shutil.which("cmake") is None:
         raise PeerError("llama.cpp cannot be built: cmake is missing (install cmake and g++)")
-    archive = _download_source(folder)
+    archive = download_source(folder)
     source, build = folder / "llama-source", folder / "llama-build"
     shutil.rmtree(source, ignore_errors=True)
     with tarfile.open(archive) as tar:

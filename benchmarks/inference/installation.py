@@ -79,7 +79,7 @@ def build_llama_cpp(folder: Path) -> Path:
         return programs
     if shutil.which("cmake") is None:
         raise PeerError("llama.cpp cannot be built: cmake is missing (install cmake and g++)")
-    archive = _download_source(folder)
+    archive = download_source(folder)
     source = folder / "llama-source"
     shutil.rmtree(source, ignore_errors=True)
     with tarfile.open(archive) as tar:
@@ -98,7 +98,7 @@ def build_llama_cpp(folder: Path) -> Path:
     return programs
 
 
-def _download_source(folder: Path) -> Path:
+def download_source(folder: Path) -> Path:
     archive = folder / LLAMA_CPP_FILE
     if archive.is_file() and sha256_of_file(archive) == LLAMA_CPP_SHA256:
         return archive

@@ -37,7 +37,8 @@ class Size:
     @property
     def learning_rate(self) -> float:
         """Peak rate of AdamW: falls with width, as in Yang et al. 2022, arXiv:2203.03466; the
-        constant is within 0.01 nats of the best of three at widths 64 and 128 (docs/log.md)."""
+        constant is within 0.01 nats of the best of three at width 64 and of two at 128
+        (docs/log.md)."""
         return 4e-3 * 64 / self.width
 
 

@@ -30,11 +30,20 @@ def compress(
             "its last fifth, which no method sees.",
         ),
     ] = None,
+    calibration_windows: Annotated[
+        int, typer.Option("--calibration-windows", help="Windows that gptq looks at.")
+    ] = 64,
+    heldout_windows: Annotated[
+        int, typer.Option("--heldout-windows", help="Other windows, to measure the loss on.")
+    ] = 48,
+    window_tokens: Annotated[
+        int, typer.Option("--window-tokens", help="Tokens of a window.")
+    ] = 256,
     json: AsJson = False,
 ) -> None:
     """Round a model's weights to a few bits, open the result from disk, and measure it."""
     from mutirao.compress.compression import compress_model
-    from mutirao.compress.config import CompressConfig
+    from mutirao.compress.config import CompressConfig, TextConfig
     from mutirao.config import parse_recipe
     from mutirao.console import output
     from mutirao.inference.model_source import locate_model
@@ -44,7 +53,16 @@ def compress(
         {"method": method, "bits": bits, "group_size": group_size},
         origin="compress",
     )
-    metrics = compress_model(locate_model(model), out, config, text=text)
+    text_config = parse_recipe(
+        TextConfig,
+        {
+            "calibration_windows": calibration_windows,
+            "heldout_windows": heldout_windows,
+            "window_tokens": window_tokens,
+        },
+        origin="text",
+    )
+    metrics = compress_model(locate_model(model), out, config, text=text, text_config=text_config)
     if json:
         output.print_json(data={"path": str(out), **metrics})
     else:

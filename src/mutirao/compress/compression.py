@@ -11,6 +11,8 @@ memory while it is compressed.
 
 from __future__ import annotations
 
+import json
+import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -20,18 +22,25 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mutirao.artifact import MANIFEST_NAME, ArtifactWriter, open_artifact, write_artifact
-from mutirao.compress.blocks import linear_layers, walk_blocks
+from mutirao.compress.blocks import decoder_blocks, linear_layers, walk_blocks
 from mutirao.compress.config import CompressConfig, TextConfig
 from mutirao.compress.gptq import gptq_weight
 from mutirao.compress.grid import QuantizedWeight, best_grid, quantize_weight
 from mutirao.compress.loss import measure_loss
 from mutirao.compress.windows import Windows, read_windows
 from mutirao.console import format_bytes, step_progress, track
+from mutirao.environment import release_memory
 from mutirao.errors import DataError, InputError
-from mutirao.formats.compressed_tensors import is_packed, load_packed, pack_codes
+from mutirao.formats.compressed_tensors import load_packed, pack_codes
 from mutirao.formats.huggingface import load_causal_lm
 from mutirao.models.arithmetic import fast_dtype
 from mutirao.models.causal import CausalModel
+
+logger = logging.getLogger(__name__)
+
+COARSE_LEVELS = 16
+"""A group of 32 weights with at most so many values was rounded before: in bfloat16, weights that
+were not have nearly as many values as there are weights."""
 
 
 def compress_model(
@@ -61,15 +70,15 @@ def compress_model(
         The manifest's metrics.
 
     Raises:
-        InputError: the model is compressed already, or the method needs text and has none.
+        InputError: the model is quantized already, the method needs text and has none, or the
+            model takes no windows so long.
         DataError: there is too little text, or weights are not finite.
         ArtifactError: ``path`` was altered since it was written.
         FormatError: ``path`` is no model, or of a kind that is not supported.
         ShapeError: the group size does not divide a layer's inputs.
         DiskFullError: no room; ``out`` is as it was.
     """
-    if is_packed(path):
-        raise InputError(f"{path} is compressed already; compress the model it was made from")
+    _refuse_quantized(path)
     if text is None and config.method == "gptq":
         raise InputError(
             "compress.method=gptq looks at text and none was given; name some with --text, or "
@@ -98,6 +107,7 @@ def compress_model(
             writer.metrics["compress_s"] = round(time.monotonic() - started, 2)
         _write_companions(writer, model, tokenizer, config)
         del tensors, model
+        release_memory()
         if windows is not None:
             writer.metrics.update(_measure_again(path, writer.path, windows))
     return dict(open_artifact(out, "model").metrics)
@@ -122,6 +132,7 @@ def compress_tensors(
     for name, layer in layers.items():
         if not bool(torch.isfinite(layer.weight).all()):
             raise DataError(f"weights of {name} are not finite; the model is damaged")
+    _warn_of_coarse_weights(layers)
     if config.method == "gptq":
         assert calibration_WT is not None
         quantized = _by_blocks(model, config, calibration_WT)
@@ -141,13 +152,45 @@ def compress_tensors(
     return tensors
 
 
+def _refuse_quantized(path: Path) -> None:
+    """Raise for a model whose config.json says that its weights are quantized, in any way."""
+    try:
+        config = json.loads((path / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return  # loading it says what is wrong
+    quantization = config.get("quantization_config") if isinstance(config, dict) else None
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        raise InputError(
+            f"{path} is compressed already ({method or 'by an unnamed method'}); compress the "
+            "model it was made from"
+        )
+
+
+def _warn_of_coarse_weights(layers: dict[str, nn.Linear]) -> None:
+    """Say so where weights were rounded to a few values before, and then expanded."""
+    name, layer = next(iter(layers.items()))
+    rows_OI = layer.weight.detach()[:64].float()
+    groups_N32 = rows_OI[:, : rows_OI.shape[1] // 32 * 32].reshape(-1, 32).sort(dim=1).values
+    levels_N = 1 + (groups_N32.diff(dim=1) != 0).sum(dim=1)
+    if len(levels_N) and float((levels_N <= COARSE_LEVELS).float().mean()) > 0.9:
+        logger.warning(
+            "weights of %s have at most %d values in every group of 32: the model was rounded "
+            "before. Losses are measured from that model, not from the one it was made from, and "
+            "4 bits on the same groups are no test",
+            name,
+            COARSE_LEVELS,
+        )
+
+
 def _by_blocks(
     model: Any, config: CompressConfig, calibration_WT: Tensor
 ) -> dict[str, QuantizedWeight]:
     """Round block after block, each by what it sees of the text behind the rounded ones."""
     quantized: dict[str, QuantizedWeight] = {}
     with step_progress() as progress:
-        bar = progress.add_task(f"compressing to {config.bits} bits", total=None)
+        num_blocks = len(decoder_blocks(model))
+        bar = progress.add_task(f"compressing to {config.bits} bits", total=num_blocks)
 
         def visit(prefix: str, block: nn.Module, grams: Any) -> None:
             for name, gram_II in grams.items():

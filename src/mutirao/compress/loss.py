@@ -8,13 +8,13 @@ Shapes: W windows, T tokens, D channels, V vocabulary.
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from mutirao.evaluate.losses import TextResult, paired_difference
 from mutirao.models.head import hidden_states, split_model
 
 ROWS_PER_CHUNK = 256
@@ -63,15 +63,25 @@ def measure_loss(original: Any, compressed: Any, ids_WT: Tensor) -> CompressionL
         (split_model(compressed)[1], window_states(compressed, ids_WT)),
         ids_WT,
     )
-    first_W, second_W = (each.mean(dim=1) for each in losses_WT)
-    rises_W = second_W - first_W
+    first, second = (_text_result(each) for each in losses_WT)
+    rise = paired_difference(second, first)
     return CompressionLoss(
-        float(first_W.mean()),
-        float(second_W.mean()),
-        float(rises_W.mean()),
-        float(rises_W.std()) / math.sqrt(len(rises_W)),
+        first.loss,
+        second.loss,
+        rise.mean,
+        rise.standard_error,
         float(divergence_WT.mean()),
         divergence_WT.numel(),
+    )
+
+
+def _text_result(losses_WT: Tensor) -> TextResult:
+    """Return losses with windows as records."""
+    return TextResult(
+        loss=float(losses_WT.mean()),
+        num_tokens=losses_WT.numel(),
+        record_losses=tuple(losses_WT.sum(dim=1).tolist()),
+        record_tokens=(losses_WT.shape[1],) * len(losses_WT),
     )
 
 

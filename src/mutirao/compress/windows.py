@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mutirao.compress.config import TextConfig
 from mutirao.data.readers import read_file, read_folder
-from mutirao.errors import DataError
+from mutirao.errors import DataError, InputError
 
 HELDOUT_SHARE = 0.2
 
@@ -25,6 +25,8 @@ class Encoder(Protocol):
     """What turns text into tokens; ``CausalModel`` is one."""
 
     eos_id: int
+    context_tokens: int | None
+    """Longest window that its model takes; None for any."""
 
     def encode(self, text: str) -> list[int]: ...
 
@@ -48,7 +50,14 @@ def read_windows(path: Path, encoder: Encoder, config: TextConfig) -> Windows:
 
     Raises:
         DataError: there is too little text; the message says how much is needed.
+        InputError: the model takes no windows so long.
     """
+    context = encoder.context_tokens
+    if context is not None and config.window_tokens > context:
+        raise InputError(
+            f"windows of {config.window_tokens} tokens are longer than the model takes (at most "
+            f"{context}); lower --window-tokens"
+        )
     ids: list[int] = []
     for record in read_folder(path) if path.is_dir() else read_file(path):
         ids += [*encoder.encode(record.text), encoder.eos_id]

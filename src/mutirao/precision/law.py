@@ -28,13 +28,12 @@ import numpy as np
 from scipy.optimize import minimize_scalar  # type: ignore[import-untyped]
 
 from mutirao.errors import InputError
+from mutirao.precision.lifetime import FULL_BITS
 from mutirao.precision.number_formats import NumberFormat
 
 Bits = float | NumberFormat
 """Bits of an integer, or a format, which stands for its equivalent bits (an assumption)."""
 
-FULL_BITS = 16.0
-"""What 6 N D floating-point operations are counted in; fewer bits count in proportion."""
 SEARCH_BITS = (0.5, 32.0)
 """Where the best training precision is looked for."""
 

@@ -1,20 +1,32 @@
 from __future__ import annotations
 
+import errno
 import json
+import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from mutirao.artifact import open_artifact, write_artifact
 from mutirao.cli.app import app
+from mutirao.compress import compression
 from mutirao.compress.compression import compress_model
 from mutirao.compress.config import CompressConfig, TextConfig
 from mutirao.compress.grid import quantize_weight
 from mutirao.compress.windows import read_windows
 from mutirao.config import Config, parse_recipe
-from mutirao.errors import ArtifactError, DataError, InputError, RecipeError, ShapeError
+from mutirao.errors import (
+    ArtifactError,
+    DataError,
+    DiskFullError,
+    FormatError,
+    InputError,
+    RecipeError,
+    ShapeError,
+)
+from mutirao.formats.compressed_tensors import load_packed
 from mutirao.formats.huggingface import load_causal_lm, save_causal_lm
 from mutirao.models.arithmetic import fast_dtype
 from mutirao.models.causal import CausalModel
@@ -164,6 +176,55 @@ def test_the_command_says_what_it_cost(tiny_model_directory, tmp_path):
     text.write_text("fever and cough for three days. " * 6000)
     command = ["compress", str(tiny_model_directory), "--method", "gptq", "--bits", "4"]
     command += ["--text", str(text), "--out", str(tmp_path / "small"), "--json"]
+    command += ["--window-tokens", "32"]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["heldout.rise"] == pytest.approx(0, abs=0.5)
+
+
+def test_a_model_that_others_quantized_is_refused(tiny_model_directory, tmp_path):
+    model = shutil.copytree(tiny_model_directory, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (model / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"compressed already \(bitsandbytes\)"):
+        compress_model(model, tmp_path / "small", CompressConfig())
+
+
+def test_weights_that_were_rounded_before_are_pointed_out(tiny_model_directory, tmp_path, caplog):
+    compress_model(tiny_model_directory, tmp_path / "small", CompressConfig(bits=4))
+    assert not caplog.records
+    model, tokenizer = load_packed(tmp_path / "small")
+    save_causal_lm(model, tokenizer, tmp_path / "expanded")
+    compress_model(tmp_path / "expanded", tmp_path / "smaller", CompressConfig(bits=3))
+    assert "was rounded before" in caplog.text
+
+
+def test_a_full_disk_leaves_nothing(tiny_model_directory, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(compression, "save_file", full)
+    with pytest.raises(DiskFullError):
+        compress_model(tiny_model_directory, tmp_path / "small", CompressConfig())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_result_that_cannot_be_opened_again_is_not_kept(
+    tiny_model_directory, tmp_path, monkeypatch
+):
+    def damage(tensors, path, metadata):
+        save_file(tensors, path, metadata=metadata)
+        with path.open("r+b") as file:
+            file.truncate(path.stat().st_size - 5)
+
+    monkeypatch.setattr(compression, "save_file", damage)
+    with pytest.raises(FormatError, match="cannot be read"):
+        compress_model(
+            tiny_model_directory,
+            tmp_path / "small",
+            CompressConfig(),
+            text=_text(tmp_path),
+            text_config=TEXT,
+        )
+    assert not (tmp_path / "small").exists()

@@ -8,7 +8,7 @@ import torch
 from mutirao.compress.config import TextConfig
 from mutirao.compress.loss import measure_loss
 from mutirao.compress.windows import read_windows
-from mutirao.errors import DataError
+from mutirao.errors import DataError, InputError
 from mutirao.formats.huggingface import load_causal_lm
 
 IDS = torch.arange(5, 5 + 5 * 16).reshape(5, 16) % 200
@@ -48,6 +48,7 @@ def test_a_model_beside_itself_is_no_worse(models):
 
 class _Letters:
     eos_id = 0
+    context_tokens = 64
 
     def encode(self, text):
         return [ord(letter) for letter in text]
@@ -77,4 +78,11 @@ def test_too_little_text_says_how_much_is_needed(tmp_path):
 def test_a_file_of_another_kind_is_refused(tmp_path):
     (tmp_path / "text.pdf").write_text("x")
     with pytest.raises(DataError, match="of another kind"):
-        read_windows(tmp_path / "text.pdf", _Letters(), TextConfig())
+        read_windows(tmp_path / "text.pdf", _Letters(), TextConfig(window_tokens=16))
+
+
+def test_windows_longer_than_the_model_takes_are_refused(tmp_path):
+    (tmp_path / "text.txt").write_text("long enough " * 1000)
+    config = TextConfig(window_tokens=65, calibration_windows=2, heldout_windows=2)
+    with pytest.raises(InputError, match=r"65 tokens .*at most 64"):
+        read_windows(tmp_path / "text.txt", _Letters(), config)
