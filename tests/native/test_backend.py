@@ -124,12 +124,19 @@ def test_quantized_logits_from_end_to_end(architecture, tmp_path):
     tokens = tokens_of(store.spec)
     oracle = ReferenceBackend(store).run(tokens, 0, logits="all")
     exact = ReferenceBackend(store, exact_activations=True).run(tokens, 0, logits="all")
+    shares = []
     with NativeBackend(store, placement()) as backend:
         got = backend.run(tokens, 0, logits="all")
-    # As far as rounding moves them, and no further; mostly much less.
-    rounding = np.abs(exact - oracle)
-    assert np.abs(got - oracle).max() < rounding.max()
-    assert np.median(np.abs(got - oracle)) < 0.5 * np.median(rounding)
+        for token in tokens[:15]:  # each alone, so that none stands on another's rounding
+            alone = ReferenceBackend(store).run([token], 0)
+            unrounded = ReferenceBackend(store, exact_activations=True).run([token], 0)
+            gap = np.median(np.abs(backend.run([token], 0) - alone))
+            shares.append(gap / np.median(np.abs(unrounded - alone)))
+    # As far as rounding moves them, and no further.
+    assert np.abs(got - oracle).max() < np.abs(exact - oracle).max()
+    # Both round alike, but for ties: one that falls on the other side moves all that follows it.
+    # Which ties do depends on the order of float32 sums, and so on the processor.
+    assert np.median(shares) < 0.01
 
 
 @pytest.mark.parametrize("architecture", SPECS)

@@ -396,9 +396,11 @@ def test_logits_of_smollm2_from_gguf(tmp_path):
     # Thirty layers, logits up to 42: 6e-5 at the worst over 62 tokens of code.
     np.testing.assert_allclose(exact, expected, atol=5e-4)
     rounded = ReferenceBackend(store).run(tokens, 0, logits="all")
-    # Measured over those: 0.003 nats on average, and always the same most likely token.
+    # Measured over those: 0.003 nats on average. Another token may be most likely where two are
+    # near each other: 0.08 is what a divergence of 0.003 moves a logit by, and 0.3 nearly 4 times.
     assert _kl_divergence(expected, rounded).mean() < 0.01
-    assert (rounded.argmax(-1) == expected.argmax(-1)).mean() > 0.9
+    lost = expected.max(-1) - np.take_along_axis(expected, rounded.argmax(-1)[:, None], -1)[:, 0]
+    assert lost.max() < 0.3
 
 
 def _kl_divergence(expected, got):
