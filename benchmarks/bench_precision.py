@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from precision.family import SIZES, make_model
-from precision.rounding import ALL, Rounding, measure
+from precision.rounding import ALL, STABLE, Rounding, measure
 from precision.text import Text, prepare
 from precision.training import STEP_TOKENS, Run, train_run
 
@@ -64,7 +64,7 @@ def sweep_run(folder: Path, run: Run, text: Text, wanted: list[Rounding] = ALL) 
                 each
                 for each in wanted
                 if _key({**common, **vars(each)}) not in known
-                and (is_decayed or each.method == "rtn")
+                and (is_decayed or each in STABLE)
             ]
             if not left:
                 continue

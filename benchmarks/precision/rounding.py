@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from mutirao.compress.blocks import linear_layers, walk_blocks
-from mutirao.compress.gptq import gptq_weight
-from mutirao.compress.grid import best_grid, quantize_weight
+from mutirao.compress.rounding.gptq import gptq_weight
+from mutirao.compress.rounding.grid import best_grid, quantize_weight
 from precision.text import Text
 
 HELDOUT_WINDOWS = 512
@@ -39,6 +39,8 @@ ALL = [
     for group in GROUPS
     for bits in all_bits
 ]
+STABLE = [each for each in ALL if each.method == "rtn" and each.bits in (3, 4)]
+"""What is measured before the rate has decayed."""
 
 
 @torch.inference_mode()

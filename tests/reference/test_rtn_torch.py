@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mutirao.compress.grid import quantize_weight
+from mutirao.compress.rounding.grid import quantize_weight
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from mutirao.artifact import MANIFEST_NAME, ArtifactWriter, open_artifact, write_artifact
 from mutirao.compress.blocks import decoder_blocks, linear_layers, walk_blocks
 from mutirao.compress.config import CompressConfig, TextConfig
-from mutirao.compress.gptq import gptq_weight
-from mutirao.compress.grid import QuantizedWeight, best_grid, quantize_weight
+from mutirao.compress.rounding.gptq import gptq_weight
+from mutirao.compress.rounding.grid import QuantizedWeight, best_grid, quantize_weight
 from mutirao.compress.loss import measure_loss
 from mutirao.compress.windows import Windows, read_windows
 from mutirao.console import format_bytes, step_progress, track

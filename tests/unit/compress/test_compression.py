@@ -14,7 +14,7 @@ from mutirao.cli.app import app
 from mutirao.compress import compression
 from mutirao.compress.compression import compress_model
 from mutirao.compress.config import CompressConfig, TextConfig
-from mutirao.compress.grid import quantize_weight
+from mutirao.compress.rounding.grid import quantize_weight
 from mutirao.compress.windows import read_windows
 from mutirao.config import Config, parse_recipe
 from mutirao.errors import (

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from mutirao.compress.gptq import gptq_weight
-from mutirao.compress.grid import best_grid, full_grid, quantize_weight, round_to_grid
+from mutirao.compress.rounding.gptq import gptq_weight
+from mutirao.compress.rounding.grid import best_grid, full_grid, quantize_weight, round_to_grid
 from mutirao.errors import DataError
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mutirao.compress.grid import quantize_weight
+from mutirao.compress.rounding.grid import quantize_weight
 from mutirao.errors import ShapeError
 
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mutirao.compress.grid import Grid, QuantizedWeight, round_to_grid
+from mutirao.compress.rounding.grid import Grid, QuantizedWeight, round_to_grid
 from mutirao.errors import DataError
 
 BLOCK = 128

@@ -1,0 +1,1 @@
+"""Fewer weights: pruned ones, low-rank products, and layers that share."""
