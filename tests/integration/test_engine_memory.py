@@ -132,8 +132,9 @@ def test_the_same_text_in_less_memory_than_the_model(
     assert result["tokens"] == whole["tokens"]
     expected = "self-speculation" if speculation == "on" else "pin and stream"
     assert result["plan"].startswith(expected)
-    # A budget that is left unused would pass all else: most of it holds weights.
-    assert result["resident_bytes"] > memory - least_bytes - 30_000_000
+    # A budget that is left unused would pass all else: most of it holds weights. How much the
+    # buffers take beside them, the plan chooses by this disk and processor (30 MB on one).
+    assert result["resident_bytes"] > memory - least_bytes - 45_000_000
     assert result["peak_bytes"] <= memory
     assert int((group / USED).read_text()) <= memory
     assert "oom_kill 0\n" in (group / EVENTS).read_text()
