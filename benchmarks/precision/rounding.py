@@ -20,7 +20,8 @@ from precision.text import Text
 HELDOUT_WINDOWS = 512
 """131,072 bytes."""
 CALIBRATION_WINDOWS = 64
-BITS = {"rtn": (2, 3, 4, 5, 6, 8), "gptq": (2, 3, 4, 5, 6)}
+BITS = {"rtn": (2, 3, 4, 5), "gptq": (2, 3, 4)}
+"""From 6 bits on, rises of such models drown in the error of 131,072 bytes."""
 GROUPS = {"channel": None, "g32": 32}
 
 

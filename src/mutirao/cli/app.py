@@ -8,6 +8,7 @@ import typer
 
 from mutirao import __version__
 from mutirao.cli import (
+    advise,
     compress,
     demo,
     doctor,
@@ -52,6 +53,7 @@ app.command("doctor")(doctor.doctor)
 app.command("schema")(schema.schema)
 app.command("init")(init.init)
 app.command("report")(report.report)
+app.command("advise")(advise.advise)
 app.command("compress")(compress.compress)
 app.command("export")(export.export)
 app.command("plan")(plan.plan)

@@ -58,11 +58,17 @@ def measure_loss(original: Any, compressed: Any, ids_WT: Tensor) -> CompressionL
         compressed: another.
         ids_WT: (W, T) token ids of held-out text, W at least 2.
     """
-    losses_WT, divergence_WT = compare_states(
-        (split_model(original)[1], window_states(original, ids_WT)),
-        (split_model(compressed)[1], window_states(compressed, ids_WT)),
-        ids_WT,
+    return compare_losses(
+        *compare_states(
+            (split_model(original)[1], window_states(original, ids_WT)),
+            (split_model(compressed)[1], window_states(compressed, ids_WT)),
+            ids_WT,
+        )
     )
+
+
+def compare_losses(losses_WT: tuple[Tensor, Tensor], divergence_WT: Tensor) -> CompressionLoss:
+    """Sum up what ``compare_states`` returned."""
     first, second = (_text_result(each) for each in losses_WT)
     rise = paired_difference(second, first)
     return CompressionLoss(

@@ -1,0 +1,253 @@
+"""The precision law against runs that it never saw: first what it foretells, then how well.
+
+    python benchmarks/precision_law.py predict   # before the held-out runs are trained; commit it
+    python benchmarks/precision_law.py judge     # afterwards
+
+Both read the rows of ``make bench-precision``. What counts is in ``precision.settled``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench_precision import read_rows
+from precision.family import SIZES
+from precision.settled import (
+    BASELINES,
+    BITS,
+    BUDGETS,
+    CANDIDATES,
+    EXTRAPOLATE_FACTOR,
+    FITTED_SIZES,
+    FITTED_TOKENS,
+    HELD_OUT_SIZES,
+    HELD_OUT_TOKENS,
+    measurements,
+    query,
+    share_of_bytes,
+)
+
+from mutirao.errors import InputError
+from mutirao.precision.comparison import compare_forms
+from mutirao.precision.fit import FittedForm, fit_form
+from mutirao.precision.forms import published_priors
+from mutirao.precision.rows import Measurement, Query
+
+DATA = Path(__file__).parents[1] / "docs" / "benchmarks" / "data" / "precision"
+
+
+def main() -> None:
+    """Foretell or judge."""
+    options = _options()
+    rows = [row for path in sorted(options.rows.glob("*.jsonl")) for row in read_rows(path)]
+    fitted = measurements(rows, FITTED_SIZES, FITTED_TOKENS)
+    if options.step == "predict":
+        _write(options.out / "predictions.json", _predict(fitted))
+    else:
+        held_out = measurements(rows, HELD_OUT_SIZES, HELD_OUT_TOKENS)
+        before = json.loads((options.out / "predictions.json").read_text(encoding="utf-8"))
+        _write(options.out / "judgement.json", _judge(fitted, held_out, before))
+
+
+def _predict(fitted: list[Measurement]) -> dict[str, Any]:
+    errors = _validate(fitted)
+    chosen = min(errors, key=lambda name: errors[name])
+    cells = [
+        {"method": method, "group": group, "bits": bits}
+        for method in ("rtn", "gptq")
+        for group in ("channel", "g32")
+        for bits in BITS
+        if any(_is_cell(row.query, method, group, bits) for row in fitted)
+    ]
+    fits = _fit_all(fitted)
+    predictions = []
+    for size in HELD_OUT_SIZES:
+        for tokens in HELD_OUT_TOKENS:
+            for cell in cells:
+                asked = query(
+                    {
+                        **cell,
+                        "size": size,
+                        "num_tokens": tokens,
+                        "num_parameters": SIZES[size].num_parameters,
+                    }
+                )
+                predictions.append(
+                    {**cell, "size": size, "num_tokens": tokens, **_foretold(fits, asked)}
+                )
+    return {
+        "fitted_runs": sorted({row.run for row in fitted}),
+        "fitted_rows": len(fitted),
+        "validation_median_errors": errors,
+        "chosen": chosen,
+        "parameters": {name: fit.parameters for name, fit in fits.items()},
+        "standard_errors": {name: fit.standard_errors() for name, fit in fits.items()},
+        "predictions": predictions,
+    }
+
+
+def _is_cell(asked: Query, method: str, group: str, bits: int) -> bool:
+    group_size = None if group == "channel" else 32
+    return (asked.method, asked.group_size, asked.bits) == (method, group_size, bits)
+
+
+def _foretold(fits: dict[str, FittedForm], asked: Query) -> dict[str, Any]:
+    found = {}
+    for name, fit in fits.items():
+        try:
+            predicted = fit.predict(asked, extrapolate_factor=EXTRAPOLATE_FACTOR)
+        except InputError:
+            continue  # this cell had no significant row
+        found[name] = [predicted.mean, predicted.low, predicted.high]
+    return {"mean_low_high": found}
+
+
+def _validate(fitted: list[Measurement]) -> dict[str, float]:
+    """Return each candidate's median error on the largest fitted runs, from the smaller ones."""
+    largest_tokens = max(FITTED_TOKENS)
+    largest = SIZES[FITTED_SIZES[-1]].num_parameters
+    inner = [
+        row
+        for row in fitted
+        if row.query.num_params < largest and row.query.num_tokens < largest_tokens
+    ]
+    outer = [
+        row
+        for row in fitted
+        if row.query.num_params == largest and row.query.num_tokens == largest_tokens
+    ]
+    errors = {}
+    for name in CANDIDATES:
+        fit = fit_form(name, inner, priors=published_priors(name))
+        found = []
+        for row in outer:
+            if row.degradation < 5 * row.standard_error:
+                continue
+            try:
+                predicted = fit.predict(row.query, extrapolate_factor=EXTRAPOLATE_FACTOR)
+            except InputError:
+                continue
+            found.append(abs(predicted.mean / row.degradation - 1))
+        errors[name] = statistics.median(found)
+    return errors
+
+
+def _fit_all(fitted: list[Measurement]) -> dict[str, FittedForm]:
+    return {
+        name: fit_form(name, fitted, priors=published_priors(name))
+        for name in (*CANDIDATES, *BASELINES)
+    }
+
+
+def _judge(
+    fitted: list[Measurement], held_out: list[Measurement], before: dict[str, Any]
+) -> dict[str, Any]:
+    fits = _fit_all(fitted)
+    known = {_cell(row.query) for row in fitted if row.degradation >= 5 * row.standard_error}
+    rows = [row for row in held_out if _cell(row.query) in known]
+    found = compare_forms(list(fits.values()), rows, extrapolate_factor=EXTRAPOLATE_FACTOR)
+    chosen = before["chosen"]
+    return {
+        "chosen": chosen,
+        "num_rows": found.num_rows,
+        "num_dropped": found.num_dropped,
+        "num_not_fitted": len(held_out) - len(rows),
+        "num_runs": found.num_runs,
+        "scores": [vars(each) for each in found.scores],
+        "against_chosen": [
+            vars(each) for each in found.differences if chosen in (each.first, each.second)
+        ],
+        "is_as_foretold": _is_as_foretold(fits[chosen], rows, before),
+        "budgets": {name: _budgets(fit, rows) for name, fit in fits.items()},
+        "rows": [
+            {
+                "run": row.run,
+                "cell": row.query.cell,
+                "delta": row.degradation,
+                "standard_error": row.standard_error,
+                "predicted": vars(
+                    fits[chosen].predict(
+                        row.query,
+                        extrapolate_factor=EXTRAPOLATE_FACTOR,
+                        relative_error=abs(row.relative_error),
+                    )
+                ),
+            }
+            for row in rows
+        ],
+    }
+
+
+def _cell(asked: Query) -> str:
+    return asked.cell
+
+
+def _is_as_foretold(fit: FittedForm, rows: Sequence[Measurement], before: dict[str, Any]) -> bool:
+    """Say whether the fit still says what was committed."""
+    committed = {
+        (each["method"], None if each["group"] == "channel" else 32, each["bits"]): each
+        for each in before["predictions"]
+    }
+    for row in rows:
+        kept = committed[row.query.method, row.query.group_size, int(row.query.bits)]
+        mean = kept["mean_low_high"][before["chosen"]][0]
+        now = fit.predict(row.query, extrapolate_factor=EXTRAPOLATE_FACTOR).mean
+        if abs(now / mean - 1) > 1e-6:
+            return False
+    return True
+
+
+def _budgets(fit: FittedForm, rows: Sequence[Measurement]) -> dict[str, Any]:
+    """Return in how many budgets the number of bits with the least predicted rise is right."""
+    sizes = {SIZES[name].num_parameters: name for name in HELD_OUT_SIZES}
+
+    def foretold(row: Measurement) -> float:
+        return fit.predict(row.query, extrapolate_factor=EXTRAPOLATE_FACTOR).mean
+
+    def measured(row: Measurement) -> float:
+        return row.degradation
+
+    right, cases = 0, []
+    for run in sorted({row.run for row in rows}):
+        for tokens in HELD_OUT_TOKENS:
+            for budget in BUDGETS:
+                fitting = [
+                    row
+                    for row in rows
+                    if row.run == run
+                    and row.query.num_tokens == tokens
+                    and share_of_bytes(row.query, sizes[int(row.query.num_params)]) <= budget
+                ]
+                if not fitting:
+                    continue
+                best, said = _least(fitting, measured), _least(fitting, foretold)
+                right += best.query.bits == said.query.bits
+                cases.append([run, tokens, budget, said.query.cell, best.query.cell])
+    return {"right": right, "cases": len(cases), "said_and_best": cases}
+
+
+def _least(rows: list[Measurement], key: Callable[[Measurement], float]) -> Measurement:
+    return min(rows, key=key)
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    print(path)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("step", choices=("predict", "judge"))
+    parser.add_argument("--rows", type=Path, default=DATA)
+    parser.add_argument("--out", type=Path, default=DATA)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""How few bits a model bears: measured on it, predicted with an interval, and decided."""

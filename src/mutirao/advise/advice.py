@@ -1,0 +1,376 @@
+"""How few bits does this model bear: measured, foretold, weighed and decided, in one call."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mutirao.advise.checkpoint_law import CheckpointLaw, fit_checkpoint
+from mutirao.advise.choosing import Candidate, choose, explain, list_candidates, mark_pareto
+from mutirao.advise.config import AdviseConfig, Budget, Outlook
+from mutirao.advise.layers import PROBED_BITS, Mix, Part, mix_bits, probe_parts
+from mutirao.advise.measuring import Bench, Measured, fingerprint, measure_ways
+from mutirao.advise.prospects import Bill, Prospects, look_ahead
+from mutirao.advise.speeds import predict_speeds
+from mutirao.advise.ways import Shape, Way, relative_noise
+from mutirao.artifact import MANIFEST_NAME, open_artifact, write_artifact
+from mutirao.compress.compression import refuse_quantized
+from mutirao.compress.config import SUPPORTED_BITS, TextConfig
+from mutirao.compress.steps import check_finite
+from mutirao.compress.windows import Windows, read_windows
+from mutirao.console import step_progress, track
+from mutirao.environment import cache_directory
+from mutirao.errors import DataError, ShapeError
+from mutirao.formats.huggingface import load_causal_lm
+from mutirao.models.arithmetic import fast_dtype
+from mutirao.models.causal import CausalModel
+
+logger = logging.getLogger(__name__)
+
+FILE_NAME = "advice.json"
+KIND = "advice"
+Z_95 = 1.96
+
+
+@dataclass(frozen=True)
+class Advice:
+    """All that was found, and what follows from it."""
+
+    model: str
+    loss: float
+    """Of the model as it is, in nats per token, on the held-out windows."""
+    num_weights: int
+    num_rounded: int
+    """Weights in the linear layers of the blocks: the law's N."""
+    original_bytes: int
+    num_tokens: int
+    """Held-out tokens."""
+    budget: Budget
+    law: CheckpointLaw
+    candidates: tuple[Candidate, ...]
+    """By bytes."""
+    chosen: Candidate
+    sentence: str
+    parts: tuple[Part, ...]
+    mix: Mix | None
+    """Bits layer by layer in the bytes of the chosen bits; None where it was not asked for."""
+    prospects: Prospects
+    other_measured: tuple[Measured, ...]
+    """Ways that were measured for the law and are no candidates."""
+
+    def remarks(self) -> list[str]:
+        """Return what else there is to say, one sentence or two each."""
+        return [*self._about_layers(), *_about(self.prospects), *self.prospects.notes]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values; sizes in bytes, losses in nats per token."""
+        fitted = self.law.fitted
+        return {
+            "model": self.model,
+            "loss": self.loss,
+            "num_weights": self.num_weights,
+            "num_rounded": self.num_rounded,
+            "original_bytes": self.original_bytes,
+            "num_tokens": self.num_tokens,
+            "budget": self.budget.model_dump(),
+            "law": {
+                "parameters": fitted.parameters,
+                "standard_errors": fitted.standard_errors(),
+                "spread": fitted.spread,
+                "num_rows": fitted.num_rows,
+                "noise": self.law.noise,
+                "num_too_large": self.law.num_left_out,
+            },
+            "candidates": [self._candidate(each) for each in self.candidates],
+            "recommended": self.candidates.index(self.chosen),
+            "sentence": self.sentence,
+            "remarks": self.remarks(),
+            "other_measured": [_measured(each) for each in self.other_measured],
+            "parts": [{"name": each.name, "divergence": each.divergence} for each in self.parts],
+            "mix": self._mix(),
+            "prospects": _plain(asdict(self.prospects)),
+        }
+
+    def _about_layers(self) -> list[str]:
+        if not self.parts:
+            return []
+        worst = max(self.parts, key=lambda each: each.divergence)
+        total = sum(each.divergence for each in self.parts)
+        found = [
+            f"Most sensitive: {worst.name}, {worst.divergence / total:.0%} of the divergence that "
+            f"all {len(self.parts)} parts cause one by one at {PROBED_BITS} bits."
+        ]
+        if self.mix is not None:
+            ratio = self.mix.mixed.divergence / self.mix.uniform.divergence
+            what = "is worth it" if self.mix.is_better else "is not worth it"
+            found.append(
+                f"Bits layer by layer in the same bytes: {ratio:.2f} of the divergence of "
+                f"{self.mix.uniform_bits} bits for all, rounded to nearest; a mix {what} here."
+            )
+        return found
+
+    def _candidate(self, each: Candidate) -> dict[str, Any]:
+        return {
+            **asdict(each.way),
+            "total_bytes": each.total_bytes,
+            "bits_per_weight": each.bits_per_weight,
+            "predicted": None if each.predicted is None else asdict(each.predicted),
+            "measured": None if each.measured is None else each.measured.loss._asdict(),
+            "rise": asdict(each.rise),
+            "speed": None if each.speed is None else asdict(each.speed),
+            "is_pareto": each.is_pareto,
+            "fits": each.fits(self.budget, self.loss),
+        }
+
+    def _mix(self) -> dict[str, Any] | None:
+        if self.mix is None:
+            return None
+        return {
+            "bits": self.mix.bits,
+            "group_size": self.mix.group_size,
+            "total_bytes": self.mix.total_bytes,
+            "uniform_bits": self.mix.uniform_bits,
+            "mixed": self.mix.mixed._asdict(),
+            "uniform": self.mix.uniform._asdict(),
+            "is_better": self.mix.is_better,
+        }
+
+
+def advise(
+    path: Path,
+    text: Path,
+    *,
+    config: AdviseConfig | None = None,
+    budget: Budget | None = None,
+    outlook: Outlook | None = None,
+    out: Path | None = None,
+) -> Advice:
+    """Say how few bits a model bears.
+
+    Measures are kept in the cache, so that a second advice on the same model, text and windows
+    starts from them, as one that was interrupted does.
+
+    Args:
+        path: model artifact, or any Hugging Face directory, not quantized.
+        text: a folder or a file of text like what the model is for.
+        config: what to measure and to choose from.
+        budget: what the model must keep to.
+        outlook: what is known of the model's training and use.
+        out: folder of an artifact of kind 'advice' with ``advice.json``; None: nothing is written.
+
+    Raises:
+        InputError: the model is quantized, or nothing keeps to the budget.
+        DataError: there is too little text, for the windows or for the interval that was asked for,
+            or weights are not finite.
+        FormatError: ``path`` is no model, or of a kind that is not supported.
+        ShapeError: none of the group sizes divides all inputs.
+        DiskFullError: no room for what is written.
+    """
+    config, budget, outlook = config or AdviseConfig(), budget or Budget(), outlook or Outlook()
+    refuse_quantized(path)
+    is_artifact = (path / MANIFEST_NAME).is_file()
+    if is_artifact:
+        open_artifact(path, "model")
+    model, tokenizer = load_causal_lm(path, dtype=fast_dtype())
+    check_finite(model)
+    encoder = CausalModel(model, tokenizer, name=path.name)
+    windows = read_windows(text, encoder, config.text)
+    bench = Bench(model, windows)
+    shape = Shape.of(model, bench.layers)
+    group_sizes = _dividing(shape, config.group_sizes)
+    first = Way("rtn", 4, group_sizes[0])
+    if config.half_width is not None:
+        windows = _enough(bench, first, path, text, encoder, config)
+        bench = Bench(model, windows)
+    measured = _measure(bench, path, _measured_ways(config, group_sizes))
+    ways = [
+        Way(method, bits, size)
+        for method in config.methods
+        for bits in SUPPORTED_BITS
+        for size in group_sizes
+    ]
+    wanted = dict.fromkeys((*ways, *(each.way for each in measured)))
+    noises = _noises(bench, tuple(wanted))
+    law = fit_checkpoint(measured, noises)
+    speeds = predict_speeds(path, budget.memory_bytes)
+    loss = measured[0].loss.original
+    candidates = [
+        replace(each, speed=speeds.get(each.way.bits))
+        for each in mark_pareto(list_candidates(shape, law, ways, noises, measured))
+    ]
+    chosen = choose(candidates, budget, loss)
+    parts, mix = _layers(bench, shape, chosen, config)
+    advice = Advice(
+        model=path.name,
+        loss=loss,
+        num_weights=shape.num_weights,
+        num_rounded=shape.num_rounded,
+        original_bytes=shape.original_bytes,
+        num_tokens=measured[0].loss.num_tokens,
+        budget=budget,
+        law=law,
+        candidates=tuple(candidates),
+        chosen=chosen,
+        sentence=explain(chosen, candidates, budget, loss),
+        parts=parts,
+        mix=mix,
+        prospects=look_ahead(chosen, shape.num_rounded, outlook),
+        other_measured=tuple(each for each in measured if each.way not in ways),
+    )
+    if out is not None:
+        recipe = {
+            "advise": config.model_dump(mode="json"),
+            "budget": budget.model_dump(mode="json"),
+            "outlook": outlook.model_dump(mode="json"),
+        }
+        with write_artifact(out, KIND, recipe=recipe) as writer:
+            if is_artifact:
+                writer.add_parent("model", path)
+            content = json.dumps(advice.to_json(), indent=1)
+            (writer.path / FILE_NAME).write_text(content, encoding="utf-8")
+    return advice
+
+
+def _dividing(shape: Shape, group_sizes: Sequence[int]) -> list[int]:
+    found = [size for size in sorted(set(group_sizes)) if shape.divides(size)]
+    if not found:
+        raise ShapeError(
+            f"none of the group sizes {', '.join(map(str, group_sizes))} divides every layer's "
+            "inputs; choose a divisor such as 16 or 32"
+        )
+    return found
+
+
+def _measured_ways(config: AdviseConfig, group_sizes: Sequence[int]) -> list[Way]:
+    """Return what is measured: rounding to nearest over all bits, other methods where they help."""
+    smallest = group_sizes[0]
+    found = [
+        Way("rtn", bits, size) for size in (smallest, None) for bits in sorted(config.measured_bits)
+    ]
+    for method in config.methods:
+        if method != "rtn":
+            found += [Way(method, bits, smallest) for bits in sorted(config.better_bits)]
+    return found
+
+
+def _enough(
+    bench: Bench, way: Way, path: Path, text: Path, encoder: CausalModel, config: AdviseConfig
+) -> Windows:
+    """Return as many windows as the interval takes that was asked for, by a first measure.
+
+    Raises:
+        DataError: there is too little text for them; the message says how much is needed.
+    """
+    assert config.half_width is not None
+    first = _measure(bench, path, [way])[0].loss
+    half = Z_95 * first.standard_error / first.original
+    needed = math.ceil(config.text.heldout_windows * (half / config.half_width) ** 2)
+    if needed <= config.text.heldout_windows:
+        return bench.windows
+    settings: TextConfig = config.text.model_copy(update={"heldout_windows": needed})
+    try:
+        return read_windows(text, encoder, settings)
+    except DataError as error:
+        raise DataError(
+            f"an interval of ± {config.half_width:.2%} of the loss takes about {needed:,} held-out "
+            f"windows ({config.text.heldout_windows} give ± {half:.2%}): {error}"
+        ) from None
+
+
+def _measure(bench: Bench, path: Path, ways: Sequence[Way]) -> list[Measured]:
+    kept = cache_directory() / "advise" / f"{fingerprint(path, bench.windows)}.jsonl"
+    found = []
+    with step_progress() as progress:
+        bar = progress.add_task("measuring", total=len(ways))
+        for each in measure_ways(bench, ways, kept):
+            found.append(each)
+            progress.update(bar, advance=1, description=f"measured {each.way}")
+    return found
+
+
+def _noises(bench: Bench, ways: Sequence[Way]) -> dict[Way, float]:
+    """Return the noise of each way; it is of the grid, whatever the method."""
+    grids = list(dict.fromkeys((way.bits, way.group_size) for way in ways))
+    by_grid = {
+        (bits, size): relative_noise(bench.layers, bits, size)
+        for bits, size in track(grids, "rounding every layer", len(grids))
+    }
+    return {way: by_grid[way.bits, way.group_size] for way in ways}
+
+
+def _layers(
+    bench: Bench, shape: Shape, chosen: Candidate, config: AdviseConfig
+) -> tuple[tuple[Part, ...], Mix | None]:
+    if not config.sensitivity_windows:
+        return (), None
+    size = chosen.way.group_size
+    assert size is not None
+    num_parts = len({name.rpartition(".")[0] for name in bench.layers})
+    parts = tuple(
+        track(
+            probe_parts(bench, size, config.sensitivity_windows), "rounding part by part", num_parts
+        )
+    )
+    if chosen.way.bits in (min(SUPPORTED_BITS), max(SUPPORTED_BITS)):
+        return parts, None  # nothing to move from one part to another
+    return parts, mix_bits(bench, shape, list(parts), chosen.way.bits, size)
+
+
+def _measured(each: Measured) -> dict[str, Any]:
+    return {**asdict(each.way), "measured": each.loss._asdict()}
+
+
+def _about(prospects: Prospects) -> list[str]:
+    """Return what is to be said of what lies beyond the checkpoint."""
+    found = []
+    for other in prospects.other_sizes:
+        size = "half as large" if other.size < 1 else "twice as large"
+        verdict = "lose" if other.change > 0 else "gain"
+        found.append(
+            f"A model {size} at {other.bits:g} bits would {verdict} {abs(other.change):.3f} nats "
+            "against this choice."
+        )
+    more = prospects.more_training
+    if more is not None:
+        words = {True: "would hurt", False: "would still help", None: "may help or hurt"}
+        found.append(
+            f"More training {words[more.would_hurt]} once rounded so: the critical number of "
+            f"tokens is {more.critical_tokens.mean:.2g} ({more.critical_tokens.low:.2g} to "
+            f"{more.critical_tokens.high:.2g})."
+        )
+    if prospects.qat_share is not None:
+        found.append(
+            f"If it were trained for these bits, {prospects.qat_share:.0%} of the tokens should be "
+            "trained with rounding on (Apple's fit)."
+        )
+    bill = prospects.bill
+    if bill is not None:
+        found.append(
+            f"Over its life: {bill.original.total_cost:,.0f} in 16 bits (training "
+            f"{bill.original.training_cost:,.0f}), {bill.chosen.total_cost:,.0f} with the chosen "
+            f"bits; {bill.original.total_energy_kwh:,.0f} and "
+            f"{bill.chosen.total_energy_kwh:,.0f} kWh. {_break_even(bill)}"
+        )
+    return found
+
+
+def _break_even(bill: Bill) -> str:
+    if bill.smaller is None:
+        return "By Kumar's law no training takes a model half as large to the same loss."
+    requests = bill.break_even_requests
+    when = "never" if requests is None else f"from {requests:,.0f} requests on"
+    return f"A model half as large, trained to the same loss by Kumar's law, costs less {when}."
+
+
+def _plain(value: Any) -> Any:
+    """Replace infinities, which JSON does not have, by None."""
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,143 @@
+"""What ways of rounding cost a model on held-out text, one by one; resumable.
+
+The model is rounded in memory, scored beside itself as it was, and put back. One line for each way
+is kept in a file that bears the hash of the weights, the text and the windows, so that a second
+advice on the same model and text measures nothing twice.
+
+Shapes: W windows, T tokens, D channels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mutirao.advise.ways import Way
+from mutirao.artifact import sha256_of_file
+from mutirao.compress.blocks import linear_layers
+from mutirao.compress.loss import CompressionLoss, compare_losses, compare_states, window_states
+from mutirao.compress.rounding.by_blocks import round_by_blocks
+from mutirao.compress.rounding.grid import quantize_weight
+from mutirao.compress.windows import Windows
+from mutirao.models.head import split_model
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one way costs."""
+
+    way: Way
+    loss: CompressionLoss
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the rise is at least five standard errors."""
+        return self.loss.rise >= 5 * self.loss.standard_error
+
+
+class Bench:
+    """A model that can be rounded, measured and put back."""
+
+    def __init__(self, model: Any, windows: Windows) -> None:
+        """Score the model as it is.
+
+        Args:
+            model: a transformers causal model; it is as it was after each measurement.
+            windows: of text, to look at and to measure on.
+        """
+        self.model, self.windows = model, windows
+        self.layers = linear_layers(model)
+        self._kept = {name: each.detach().clone() for name, each in model.named_parameters()}
+        self._states_WTD = window_states(model, windows.heldout)
+
+    @torch.no_grad()
+    def round(self, way: Way) -> None:
+        """Round the model."""
+        if way.method == "rtn":
+            for layer in self.layers.values():
+                layer.weight.copy_(quantize_weight(layer.weight, way.bits, way.group_size).expand())
+        else:
+            calibration_WT = self.windows.calibration
+            round_by_blocks(self.model, way.method, way.bits, way.group_size, calibration_WT)
+
+    @torch.no_grad()
+    def round_layers(self, bits: Mapping[str, int], group_size: int | None) -> None:
+        """Round some layers to nearest, each to its bits."""
+        for name, width in bits.items():
+            layer = self.layers[name]
+            layer.weight.copy_(quantize_weight(layer.weight, width, group_size).expand())
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put the model's own weights back."""
+        for name, parameter in self.model.named_parameters():
+            parameter.copy_(self._kept[name])
+
+    @torch.inference_mode()
+    def score(self, num_windows: int | None = None) -> CompressionLoss:
+        """Compare the model as it is now with what it was, on some windows or all."""
+        ids_WT = self.windows.heldout[:num_windows]
+        head = split_model(self.model)[1]
+        # The head is not rounded, and may be one with the embedding, which is not either.
+        before = head, self._states_WTD[:num_windows]
+        after = head, window_states(self.model, ids_WT)
+        return compare_losses(*compare_states(before, after, ids_WT))
+
+    def measure(self, way: Way) -> Measured:
+        """Return what one way costs; the model is as it was afterwards, whatever happens."""
+        try:
+            self.round(way)
+            return Measured(way, self.score())
+        finally:
+            self.restore()
+
+
+def fingerprint(path: Path, windows: Windows) -> str:
+    """Return a hash of a model's weights and of the windows; what was measured belongs to it."""
+    digest = hashlib.sha256()
+    for file in sorted([*path.glob("*.safetensors"), path / "config.json"]):
+        digest.update(sha256_of_file(file).encode())
+    for ids_WT in windows:
+        digest.update(repr(tuple(ids_WT.shape)).encode() + ids_WT.numpy().tobytes())
+    return digest.hexdigest()[:24]
+
+
+def measure_ways(bench: Bench, ways: Iterable[Way], path: Path) -> Iterator[Measured]:
+    """Yield what each way costs; what ``path`` has is not measured again.
+
+    Args:
+        bench: see ``Bench``.
+        ways: in the order in which they are measured.
+        path: file of what was measured, of the same model and windows.
+    """
+    known = {each.way: each for each in read_measured(path)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for way in ways:
+        if way not in known:
+            known[way] = bench.measure(way)
+            with path.open("a", encoding="utf-8") as file:
+                line = asdict(way) | known[way].loss._asdict()
+                file.write("\n" + json.dumps(line))  # a line that a kill cut ends here
+                file.flush()
+                os.fsync(file.fileno())
+        yield known[way]
+
+
+def read_measured(path: Path) -> list[Measured]:
+    """Return what a file has; a line that a kill cut is left out."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            values = json.loads(line)
+            way = Way(*(values.pop(name) for name in ("method", "bits", "group_size")))
+            found.append(Measured(way, CompressionLoss(**values)))
+        except (ValueError, TypeError, KeyError):
+            continue
+    return found

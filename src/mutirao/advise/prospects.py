@@ -1,0 +1,187 @@
+"""What lies beyond this checkpoint: more training, other sizes, training for few bits, the bill.
+
+None of it was measured on this model. The rise of this model is carried along by exponents from
+published fits, whose spread gives the intervals; the loss of models of other sizes and of longer
+training is Kumar et al.'s. Each answer says so.
+
+References:
+    Kumar et al. 2024, arXiv:2411.04330, and ``precision.law``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from mutirao.advise.choosing import Candidate
+from mutirao.advise.config import Outlook
+from mutirao.precision.fit import Prediction
+from mutirao.precision.forms import Prior, published_priors
+from mutirao.precision.law import APPLE_QAT, KUMAR
+from mutirao.precision.lifetime import (
+    Candidate as Served,
+)
+from mutirao.precision.lifetime import (
+    LifetimeCost,
+    Usage,
+    break_even_requests,
+    lifetime_cost,
+)
+
+Z_95 = 1.96
+LEAST_RISE = 1e-5
+"""Nats; a rise that is not clear of zero has no critical number of tokens below any bound."""
+
+
+@dataclass(frozen=True)
+class MoreTraining:
+    """Whether more tokens would still lower the loss after rounding."""
+
+    critical_tokens: Prediction
+    """D_crit; more tokens than these raise it."""
+    would_hurt: bool | None
+    """None where the interval holds the tokens that the model was trained on."""
+
+
+@dataclass(frozen=True)
+class OtherSize:
+    """A model of another size in about the same bytes."""
+
+    size: float
+    """Over this one's."""
+    bits: float
+    change: float
+    """Of the loss after rounding, in nats, against this model with the chosen bits: above zero it
+    would be worse."""
+
+
+@dataclass(frozen=True)
+class Bill:
+    """What the model costs over its life, as it is and with the chosen bits."""
+
+    original: LifetimeCost
+    chosen: LifetimeCost
+    smaller: LifetimeCost | None
+    """Half as large and trained to the same loss, in 16 bits; None where no number of tokens takes
+    it there."""
+    break_even_requests: float | None
+    """From which the smaller one is cheaper than this one in 16 bits."""
+
+
+@dataclass(frozen=True)
+class Prospects:
+    """All answers; None where something was not told."""
+
+    more_training: MoreTraining | None
+    other_sizes: tuple[OtherSize, ...]
+    qat_share: float | None
+    """Of the training tokens, to spend with rounding on."""
+    bill: Bill | None
+    notes: tuple[str, ...]
+
+
+def look_ahead(chosen: Candidate, num_rounded: int, outlook: Outlook) -> Prospects:
+    """Answer what can be answered.
+
+    Args:
+        chosen: the way that is recommended.
+        num_rounded: N, weights in the blocks.
+        outlook: what is known of the model.
+    """
+    notes = [
+        "Losses of other sizes and of longer training are by Kumar et al. 2024 (models of 30M to "
+        "220M); exponents that carry the rise along are the mean of three published fits. Nothing "
+        "of it was measured on this model."
+    ]
+    tokens = outlook.training_tokens
+    if tokens is None:
+        notes.append(
+            "How many tokens the model was trained on was not told (--training-tokens): nothing is "
+            "said on more training, on training for few bits, or on the bill."
+        )
+    elif not outlook.is_decayed:
+        notes.append(
+            "The learning rate had not decayed: rounding tends to cost more after it has "
+            "(arXiv:2510.06213); advise again on the final checkpoint."
+        )
+    tokens_per_byte = 0.0 if tokens is None else 8 * tokens / (num_rounded * chosen.way.bits)
+    return Prospects(
+        None if tokens is None else _more_training(chosen.rise, num_rounded, tokens),
+        _other_sizes(chosen, num_rounded),
+        APPLE_QAT.share(num_rounded, tokens, chosen.way.bits)
+        if tokens is not None and tokens_per_byte > math.e
+        else None,
+        _bill(chosen, num_rounded, outlook),
+        tuple(notes),
+    )
+
+
+def _more_training(rise: Prediction, num_rounded: int, tokens: float) -> MoreTraining:
+    """Return D where the loss's fall by training equals the rise of what rounding costs.
+
+    β B D^-β = γ δ₀ (D/D₀)^γ, δ₀ at D₀; so log D = (log(β B D₀^γ) - log(γ δ₀)) / (γ + β).
+    """
+    prior = _exponent("gamma_d")
+    base = KUMAR.base
+
+    def critical(nats: float, gamma: float) -> float:
+        over = math.log(base.beta * base.b) + gamma * math.log(tokens)
+        return math.exp((over - math.log(gamma * nats)) / (gamma + base.beta))
+
+    rises = [max(each, LEAST_RISE) for each in (rise.mean, rise.low, rise.high)]
+    gammas = [max(prior.mean + sign * Z_95 * prior.sd, 0.02) for sign in (-1, 1)]
+    corners = [critical(nats, gamma) for nats in rises for gamma in gammas]
+    found = Prediction(critical(rises[0], prior.mean), min(corners), max(corners))
+    would_hurt = None
+    if not found.low <= tokens <= found.high:
+        would_hurt = tokens > found.high
+    return MoreTraining(found, would_hurt)
+
+
+def _other_sizes(chosen: Candidate, num_rounded: int) -> tuple[OtherSize, ...]:
+    """Return a model half as large at twice the bits and one twice as large at half of them."""
+    gamma_n = _exponent("gamma_n").mean
+    base = KUMAR.base
+    now = base.a * num_rounded**-base.alpha
+    found = []
+    for size in (0.5, 2.0):
+        bits = min(chosen.way.bits / size, 16.0)
+        if bits < 2:
+            continue
+        # The rise follows the squared step from the bits that were measured.
+        step = (2.0 ** (chosen.way.bits - 1) - 0.5) / (2.0 ** (bits - 1) - 0.5)
+        rise = chosen.rise.mean * size**-gamma_n * step**2
+        change = now * (size**-base.alpha - 1) + rise - chosen.rise.mean
+        found.append(OtherSize(size, bits, change))
+    return tuple(found)
+
+
+def _bill(chosen: Candidate, num_rounded: int, outlook: Outlook) -> Bill | None:
+    if outlook.training_tokens is None or outlook.num_requests is None:
+        return None
+    usage = Usage(num_requests=outlook.num_requests, tokens_per_request=outlook.tokens_per_request)
+    tokens = outlook.training_tokens
+    original, rounded = (
+        lifetime_cost(each, usage, outlook.accelerator)
+        for each in (
+            Served("this model, 16 bits", num_rounded, tokens),
+            Served(str(chosen.way), num_rounded, tokens, inference_bits=chosen.way.bits),
+        )
+    )
+    longer = _tokens_to_match(num_rounded, tokens)
+    if longer is None:
+        return Bill(original, rounded, None, None)
+    half = Served("half as large, 16 bits", num_rounded / 2, longer)
+    smaller = lifetime_cost(half, usage, outlook.accelerator)
+    return Bill(original, rounded, smaller, break_even_requests(original, smaller))
+
+
+def _tokens_to_match(num_rounded: float, tokens: float) -> float | None:
+    """Return the tokens that take a model half as large to the same loss."""
+    base = KUMAR.base
+    left = base.loss(num_rounded, tokens) - base.e - base.a * (num_rounded / 2) ** -base.alpha
+    return (base.b / left) ** (1 / base.beta) if left > 0 else None
+
+
+def _exponent(name: str) -> Prior:
+    return next(each for each in published_priors("per_cell") if each.parameter == name)

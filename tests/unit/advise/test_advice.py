@@ -1,0 +1,162 @@
+"""An advice from end to end, on a tiny model that was trained for some seconds."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from tiny_trained import make_text, write_trained
+
+from mutirao.advise import advice as advice_module
+from mutirao.advise.advice import advise
+from mutirao.advise.choosing import Speed
+from mutirao.advise.config import AdviseConfig, Budget, Outlook
+from mutirao.advise.measuring import Bench, read_measured
+from mutirao.advise.ways import Shape, Way, relative_noise
+from mutirao.artifact import open_artifact
+from mutirao.compress.compression import compress_model
+from mutirao.compress.config import CompressConfig, TextConfig
+from mutirao.compress.rounding.grid import quantize_weight
+from mutirao.compress.windows import Windows
+from mutirao.errors import DataError, InputError, ShapeError
+from mutirao.formats.huggingface import load_causal_lm
+
+TEXT = TextConfig(window_tokens=32, calibration_windows=16, heldout_windows=24)
+CONFIG = AdviseConfig(group_sizes=(16, 32), text=TEXT)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model_directory, tmp_path_factory):
+    return write_trained(tiny_model_directory, tmp_path_factory.mktemp("trained") / "model")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(make_text(1200))
+    return path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def home(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MUTIRAO_HOME", str(tmp_path_factory.mktemp("home")))
+        speed = Speed("Q4_0", 10_000_000, 5_000_000, 12.0)
+        patch.setattr(advice_module, "predict_speeds", lambda path, memory: {4: speed})
+        yield
+
+
+@pytest.fixture(scope="module")
+def found(model, text, home, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out") / "advice"
+    outlook = Outlook(training_tokens=1e6, num_requests=1e6)
+    return advise(model, text, config=CONFIG, outlook=outlook, out=out), out
+
+
+def test_what_is_written_is_what_is_said(found):
+    advice, out = found
+    open_artifact(out, "advice")
+    kept = json.loads((out / "advice.json").read_text())
+    assert kept == json.loads(json.dumps(advice.to_json()))
+    assert kept["candidates"][kept["recommended"]]["bits"] == advice.chosen.way.bits
+    assert kept["sentence"].startswith("Take ")
+
+
+def test_a_candidate_is_what_compress_makes_of_it(found, model, text, tmp_path):
+    advice, _ = found
+    candidate = next(
+        each for each in advice.candidates if each.way == Way("rtn", 3, 16) and each.measured
+    )
+    config = CompressConfig(method="rtn", bits=3, group_size=16)
+    metrics = compress_model(model, tmp_path / "small", config, text=text, text_config=TEXT)
+    assert metrics["total_bytes"] == candidate.total_bytes
+    assert metrics["bits_per_weight"] == pytest.approx(candidate.bits_per_weight)
+    rise = candidate.measured.loss.rise
+    assert metrics["heldout.rise"] == pytest.approx(rise, abs=0.02 * abs(rise) + 1e-3)
+
+
+def test_rises_that_were_measured_lie_where_the_law_says(found):
+    advice, _ = found
+    both = [each for each in advice.candidates if each.predicted and each.measured]
+    assert len(both) >= 3
+    for each in both:
+        assert each.predicted.low / 2 < each.measured.loss.rise < each.predicted.high * 2
+
+
+def test_a_second_advice_measures_nothing_again(found, model, text, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(Bench, "measure", refuse)
+    budget = Budget(loss_share=0.5)
+    again = advise(
+        model, text, config=CONFIG.model_copy(update={"sensitivity_windows": 0}), budget=budget
+    )
+    assert again.parts == ()
+    assert again.chosen.total_bytes <= found[0].chosen.total_bytes
+
+
+def test_parts_and_a_mix_within_the_bytes(model, text):
+    budget = Budget(disk_bytes=_bytes(model, 4))
+    advice = advise(model, text, config=CONFIG, budget=budget)
+    assert {each.name for each in advice.parts} == {
+        f"model.layers.{index}.{kind}" for index in (0, 1) for kind in ("self_attn", "mlp")
+    }
+    assert all(each.divergence > 0 for each in advice.parts)
+    assert advice.mix is not None
+    assert advice.mix.total_bytes <= _bytes(model, advice.chosen.way.bits, advice.chosen.way)
+    assert any("layer by layer" in sentence for sentence in advice.remarks())
+
+
+def _bytes(model, bits, way=None):
+    loaded, _ = load_causal_lm(model)
+    shape = Shape.of(loaded, {n: m for n, m in loaded.named_modules() if _is_block(n, m)})
+    return shape.count_bytes(bits, 16 if way is None else way.group_size)
+
+
+def _is_block(name, module):
+    return isinstance(module, torch.nn.Linear) and ".layers." in name
+
+
+def test_the_model_is_as_it_was(model):
+    loaded, _ = load_causal_lm(model, dtype="float32")
+    before = {name: each.clone() for name, each in loaded.named_parameters()}
+    ids_WT = torch.randint(0, loaded.config.vocab_size, (6, 32))
+    bench = Bench(loaded, Windows(ids_WT[:3], ids_WT[3:]))
+    for way in (Way("rtn", 2, 16), Way("gptq", 2, 32), Way("awq", 3, 32)):
+        bench.measure(way)
+        after = dict(loaded.named_parameters())
+        assert all(torch.equal(after[name], each) for name, each in before.items())
+
+
+def test_noise_is_the_squared_error_over_the_squared_weights():
+    torch.manual_seed(0)
+    layers = {name: torch.nn.Linear(64, 32, bias=False) for name in "ab"}
+    weights = torch.cat([each.weight.detach() for each in layers.values()]).double()
+    rounded = torch.cat(
+        [quantize_weight(each.weight.detach(), 3, 16).expand() for each in layers.values()]
+    )
+    expected = ((rounded.double() - weights) ** 2).sum() / (weights**2).sum()
+    assert relative_noise(layers, 3, 16) == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_a_cut_line_of_measures_is_left_out(tmp_path):
+    path = tmp_path / "measured.jsonl"
+    line = {"method": "rtn", "bits": 4, "group_size": None, "original": 1.0, "compressed": 2.0}
+    line |= {"rise": 1.0, "standard_error": 0.1, "divergence": 1.0, "num_tokens": 5}
+    path.write_text("\n" + json.dumps(line) + '\n{"method": "gptq", "bi')
+    assert [each.way for each in read_measured(path)] == [Way("rtn", 4, None)]
+
+
+def test_bad_input_is_told_in_one_sentence(model, text, tmp_path):
+    with pytest.raises(InputError, match="no way of rounding keeps to 10 B of disk"):
+        advise(model, text, config=CONFIG, budget=Budget(disk_bytes=10))
+    narrow = CONFIG.model_copy(update={"half_width": 1e-5})
+    with pytest.raises(DataError, match=r"an interval of ± 0.00% .* takes about [\d,]+ held-out"):
+        advise(model, text, config=narrow)
+    with pytest.raises(ShapeError, match="none of the group sizes 48"):
+        advise(model, text, config=CONFIG.model_copy(update={"group_sizes": (48,)}))
+    compress_model(model, tmp_path / "small", CompressConfig())
+    with pytest.raises(InputError, match="compressed already"):
+        advise(tmp_path / "small", text, config=CONFIG)

@@ -1,0 +1,84 @@
+"""More training, other sizes and the bill, against the same by search and by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from mutirao.advise.choosing import Candidate
+from mutirao.advise.config import Outlook
+from mutirao.advise.prospects import look_ahead
+from mutirao.advise.ways import Way
+from mutirao.precision.fit import Prediction
+from mutirao.precision.forms import published_priors
+from mutirao.precision.law import KUMAR
+
+N = 1e8
+
+
+def _chosen(rise, bits=4):
+    prediction = Prediction(rise, rise * 0.8, rise * 1.2)
+    return Candidate(Way("gptq", bits, 32), 10**8, 5.0, prediction, None)
+
+
+def _gamma(name):
+    return next(p.mean for p in published_priors("per_cell") if p.parameter == name)
+
+
+def test_the_critical_tokens_are_where_the_loss_is_least():
+    tokens = 1e11
+    found = look_ahead(_chosen(0.02), int(N), Outlook(training_tokens=tokens)).more_training
+    grid = np.geomspace(1e8, 1e16, 400_001)
+    loss = KUMAR.base.b * grid**-KUMAR.base.beta + 0.02 * (grid / tokens) ** _gamma("gamma_d")
+    assert found.critical_tokens.mean == pytest.approx(grid[loss.argmin()], rel=1e-3)
+    assert found.critical_tokens.low < found.critical_tokens.mean < found.critical_tokens.high
+
+
+def test_far_past_the_critical_tokens_more_would_hurt():
+    far = look_ahead(_chosen(0.3), int(N), Outlook(training_tokens=1e14)).more_training
+    assert far.would_hurt is True
+    near = look_ahead(_chosen(1e-4), int(N), Outlook(training_tokens=1e9)).more_training
+    assert near.would_hurt is False
+
+
+def test_half_the_size_at_twice_the_bits():
+    half, double = look_ahead(_chosen(0.02), int(N), Outlook()).other_sizes
+    assert (half.size, half.bits, double.size, double.bits) == (0.5, 8, 2.0, 2)
+    base = KUMAR.base
+    smaller = base.a * ((N / 2) ** -base.alpha - N**-base.alpha)
+    assert half.change == pytest.approx(smaller - 0.02, abs=0.001)  # 8 bits cost next to nothing
+    assert double.change > 0  # two bits cost more than twice the weights bring
+
+
+def test_the_bill_by_hand():
+    outlook = Outlook(training_tokens=1e12, num_requests=1e9, tokens_per_request=1000)
+    bill = look_ahead(_chosen(0.02), int(N), outlook).bill
+    machine = outlook.accelerator
+    hours = 6 * N * 1e12 / (machine.peak_flops_per_s * machine.training_utilization) / 3600
+    assert bill.original.training_cost == pytest.approx(hours * machine.price_per_hour)
+    served = 2 * N * 1e12 / (machine.peak_flops_per_s * machine.inference_utilization) / 3600
+    assert bill.original.inference_cost == pytest.approx(served * machine.price_per_hour)
+    assert bill.chosen.inference_cost == pytest.approx(bill.original.inference_cost / 4)
+    assert bill.smaller is None  # half the weights cannot reach that loss
+
+
+def test_a_smaller_model_that_can_match_costs_less_from_some_request_on():
+    outlook = Outlook(training_tokens=1e10, num_requests=1e9)
+    bill = look_ahead(_chosen(0.02), int(1e9), outlook).bill
+    longer = bill.smaller.training_flops / (6 * 0.5e9)
+    assert KUMAR.base.loss(0.5e9, longer) == pytest.approx(KUMAR.base.loss(1e9, 1e10))
+    at = bill.break_even_requests
+    assert bill.original.training_cost + at * bill.original.cost_per_request == pytest.approx(
+        bill.smaller.training_cost + at * bill.smaller.cost_per_request
+    )
+
+
+def test_what_was_not_told_is_not_answered():
+    found = look_ahead(_chosen(0.02), int(N), Outlook())
+    assert found.more_training is None
+    assert found.qat_share is None
+    assert found.bill is None
+    assert any("--training-tokens" in note for note in found.notes)
+    undecayed = look_ahead(_chosen(0.02), int(N), Outlook(training_tokens=1e12, is_decayed=False))
+    assert any("had not decayed" in note for note in undecayed.notes)
+    assert 0 < undecayed.qat_share < 1
