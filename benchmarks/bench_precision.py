@@ -63,8 +63,7 @@ def sweep_run(folder: Path, run: Run, text: Text, wanted: list[Rounding] = ALL) 
             left = [
                 each
                 for each in wanted
-                if _key({**common, **vars(each)}) not in known
-                and (is_decayed or each in STABLE)
+                if _key({**common, **vars(each)}) not in known and (is_decayed or each in STABLE)
             ]
             if not left:
                 continue

@@ -27,6 +27,7 @@ from precision.settled import (
     FITTED_TOKENS,
     HELD_OUT_SIZES,
     HELD_OUT_TOKENS,
+    fit,
     measurements,
     query,
     share_of_bytes,
@@ -34,8 +35,7 @@ from precision.settled import (
 
 from mutirao.errors import InputError
 from mutirao.precision.comparison import compare_forms
-from mutirao.precision.fit import FittedForm, fit_form
-from mutirao.precision.forms import published_priors
+from mutirao.precision.fit import FittedForm
 from mutirao.precision.rows import Measurement, Query
 
 DATA = Path(__file__).parents[1] / "docs" / "benchmarks" / "data" / "precision"
@@ -98,9 +98,9 @@ def _is_cell(asked: Query, method: str, group: str, bits: int) -> bool:
 
 def _foretold(fits: dict[str, FittedForm], asked: Query) -> dict[str, Any]:
     found = {}
-    for name, fit in fits.items():
+    for name, form in fits.items():
         try:
-            predicted = fit.predict(asked, extrapolate_factor=EXTRAPOLATE_FACTOR)
+            predicted = form.predict(asked, extrapolate_factor=EXTRAPOLATE_FACTOR)
         except InputError:
             continue  # this cell had no significant row
         found[name] = [predicted.mean, predicted.low, predicted.high]
@@ -111,37 +111,31 @@ def _validate(fitted: list[Measurement]) -> dict[str, float]:
     """Return each candidate's median error on the largest fitted runs, from the smaller ones."""
     largest_tokens = max(FITTED_TOKENS)
     largest = SIZES[FITTED_SIZES[-1]].num_parameters
-    inner = [
-        row
-        for row in fitted
-        if row.query.num_params < largest and row.query.num_tokens < largest_tokens
-    ]
     outer = [
         row
         for row in fitted
         if row.query.num_params == largest and row.query.num_tokens == largest_tokens
     ]
+    inner = [row for row in fitted if row not in outer]
     errors = {}
-    for name in CANDIDATES:
-        fit = fit_form(name, inner, priors=published_priors(name))
+    for form in CANDIDATES:
+        fitted_form = fit(form, inner)
         found = []
         for row in outer:
             if row.degradation < 5 * row.standard_error:
                 continue
             try:
-                predicted = fit.predict(row.query, extrapolate_factor=EXTRAPOLATE_FACTOR)
+                predicted = fitted_form.predict(row.query, extrapolate_factor=EXTRAPOLATE_FACTOR)
             except InputError:
                 continue
             found.append(abs(predicted.mean / row.degradation - 1))
-        errors[name] = statistics.median(found)
+        errors[fitted_form.form.name] = statistics.median(found)
     return errors
 
 
 def _fit_all(fitted: list[Measurement]) -> dict[str, FittedForm]:
-    return {
-        name: fit_form(name, fitted, priors=published_priors(name))
-        for name in (*CANDIDATES, *BASELINES)
-    }
+    fits = [fit(form, fitted) for form in (*CANDIDATES, *BASELINES)]
+    return {each.form.name: each for each in fits}
 
 
 def _judge(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import logging
 import os
 import sys
 from pathlib import Path
@@ -29,6 +30,10 @@ where they would switch telemetry on."""
 
 OFFLINE_VARIABLES = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 """Nothing reaches a hub unless a source says ``hf:``; ``sources`` lifts this for its call."""
+
+CHATTY_LOGGERS = ("torchao", "torch.utils._pytree")
+"""They warn of GPU libraries and of types of their own whenever a model is loaded where torchao is
+installed."""
 
 
 def home_directory() -> Path:
@@ -60,6 +65,8 @@ def silence() -> None:
             os.environ.setdefault(name, value)
     for name, value in OFFLINE_VARIABLES.items():
         os.environ.setdefault(name, value)
+    for name in CHATTY_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def child_environment(**extra: str) -> dict[str, str]:

@@ -60,8 +60,8 @@ class Advice:
     mix: Mix | None
     """Bits layer by layer in the bytes of the chosen bits; None where it was not asked for."""
     prospects: Prospects
-    other_measured: tuple[Measured, ...]
-    """Ways that were measured for the law and are no candidates."""
+    other_measured: tuple[tuple[Measured, float], ...]
+    """Ways that were measured for the law and are no candidates, with their noise."""
 
     def remarks(self) -> list[str]:
         """Return what else there is to say, one sentence or two each."""
@@ -90,7 +90,10 @@ class Advice:
             "recommended": self.candidates.index(self.chosen),
             "sentence": self.sentence,
             "remarks": self.remarks(),
-            "other_measured": [_measured(each) for each in self.other_measured],
+            "other_measured": [
+                {**asdict(each.way), "noise": noise, "measured": each.loss._asdict()}
+                for each, noise in self.other_measured
+            ],
             "parts": [{"name": each.name, "divergence": each.divergence} for each in self.parts],
             "mix": self._mix(),
             "prospects": _plain(asdict(self.prospects)),
@@ -117,6 +120,7 @@ class Advice:
     def _candidate(self, each: Candidate) -> dict[str, Any]:
         return {
             **asdict(each.way),
+            "noise": each.noise,
             "total_bytes": each.total_bytes,
             "bits_per_weight": each.bits_per_weight,
             "predicted": None if each.predicted is None else asdict(each.predicted),
@@ -220,7 +224,7 @@ def advise(
         parts=parts,
         mix=mix,
         prospects=look_ahead(chosen, shape.num_rounded, outlook),
-        other_measured=tuple(each for each in measured if each.way not in ways),
+        other_measured=tuple((each, noises[each.way]) for each in measured if each.way not in ways),
     )
     if out is not None:
         recipe = {
@@ -319,10 +323,6 @@ def _layers(
     if chosen.way.bits in (min(SUPPORTED_BITS), max(SUPPORTED_BITS)):
         return parts, None  # nothing to move from one part to another
     return parts, mix_bits(bench, shape, list(parts), chosen.way.bits, size)
-
-
-def _measured(each: Measured) -> dict[str, Any]:
-    return {**asdict(each.way), "measured": each.loss._asdict()}
 
 
 def _about(prospects: Prospects) -> list[str]:

@@ -39,6 +39,8 @@ class Candidate:
     """A way of rounding with all that is known of it."""
 
     way: Way
+    noise: float
+    """Of rounding this model to nearest on the way's grids; see ``ways.relative_noise``."""
     total_bytes: int
     bits_per_weight: float
     predicted: Prediction | None
@@ -98,7 +100,12 @@ def list_candidates(
         total_bytes = shape.count_bytes(way.bits, way.group_size)
         found.append(
             Candidate(
-                way, total_bytes, 8 * total_bytes / shape.num_weights, predicted, known.get(way)
+                way,
+                noises[way],
+                total_bytes,
+                8 * total_bytes / shape.num_weights,
+                predicted,
+                known.get(way),
             )
         )
     return found

@@ -1,4 +1,4 @@
-"""``mutirao compress``: fewer bits per weight, and what they cost."""
+"""``mutirao compress``: fewer bits or fewer weights, and what they cost."""
 
 from __future__ import annotations
 
@@ -9,19 +9,63 @@ import typer
 
 from mutirao.cli.options import AsJson
 
+METHOD_HELP = (
+    "Steps in order, separated by commas: any of wanda, magnitude, svd, share, distill, qat, then "
+    "at most one of rtn, gptq, awq, 'awq,gptq', nf4 and fp8. Most need --text."
+)
+
 
 def compress(
     model: Annotated[
         str, typer.Argument(help="A model's folder, or hf:ORG/NAME; not compressed already.")
     ],
     out: Annotated[Path, typer.Option("--out", help="Folder to write.", metavar="FOLDER")],
-    method: Annotated[str, typer.Option("--method", help="rtn, or gptq, which needs --text.")] = (
-        "rtn"
-    ),
-    bits: Annotated[int, typer.Option("--bits", help="2, 3, 4 or 8.")] = 4,
+    method: Annotated[str, typer.Option("--method", help=METHOD_HELP)] = "rtn",
+    bits: Annotated[
+        int | None,
+        typer.Option("--bits", help="For rtn, gptq and awq: 2, 3, 4 (the default) or 8."),
+    ] = None,
     group_size: Annotated[
-        int, typer.Option("--group-size", help="Weights that share a scale and a zero point.")
-    ] = 32,
+        int | None,
+        typer.Option(
+            "--group-size",
+            help="For rtn, gptq and awq: weights that share a scale and a zero point; default 32.",
+        ),
+    ] = None,
+    sparsity: Annotated[
+        float | None,
+        typer.Option("--sparsity", help="For wanda and magnitude: share of zeros; default 0.5."),
+    ] = None,
+    pattern: Annotated[
+        str | None,
+        typer.Option("--pattern", help="For wanda and magnitude: free (the default) or 2:4."),
+    ] = None,
+    kept_parameters: Annotated[
+        float | None,
+        typer.Option(
+            "--kept-parameters", help="For svd: share of a layer's parameters; default 0.8."
+        ),
+    ] = None,
+    share_every: Annotated[
+        int | None,
+        typer.Option("--share-every", help="For share: blocks with one set of weights; default 2."),
+    ] = None,
+    student_layers: Annotated[
+        int | None,
+        typer.Option("--student-layers", help="For distill: the student's blocks; default half."),
+    ] = None,
+    student_width: Annotated[
+        int | None,
+        typer.Option("--student-width", help="For distill: its channels; default the model's."),
+    ] = None,
+    training_steps: Annotated[
+        int | None,
+        typer.Option("--training-steps", help="For distill (default 200) and qat (100)."),
+    ] = None,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option("--learning-rate", help="For distill (default 1e-4) and qat (2e-5)."),
+    ] = None,
     text: Annotated[
         Path | None,
         typer.Option(
@@ -31,7 +75,7 @@ def compress(
         ),
     ] = None,
     calibration_windows: Annotated[
-        int, typer.Option("--calibration-windows", help="Windows that gptq looks at.")
+        int, typer.Option("--calibration-windows", help="Windows that methods look at.")
     ] = 64,
     heldout_windows: Annotated[
         int, typer.Option("--heldout-windows", help="Other windows, to measure the loss on.")
@@ -41,18 +85,29 @@ def compress(
     ] = 256,
     json: AsJson = False,
 ) -> None:
-    """Round a model's weights to a few bits, open the result from disk, and measure it."""
+    """Make a model smaller, open the result from disk, and measure it."""
     from mutirao.compress.compression import compress_model
-    from mutirao.compress.config import CompressConfig, TextConfig
+    from mutirao.compress.config import CompressConfig, TextConfig, split_method
     from mutirao.config import parse_recipe
     from mutirao.console import output
     from mutirao.inference.model_source import locate_model
 
-    config = parse_recipe(
-        CompressConfig,
-        {"method": method, "bits": bits, "group_size": group_size},
-        origin="compress",
-    )
+    training = {"steps": training_steps, "learning_rate": learning_rate}
+    given: dict[str, Any] = {
+        "method": method,
+        "bits": bits,
+        "group_size": group_size,
+        "prune": _given({"sparsity": sparsity, "pattern": pattern}),
+        "low_rank": _given({"kept": kept_parameters}),
+        "sharing": _given({"every": share_every}),
+        "distillation": _given({"layers": student_layers, "hidden": student_width}),
+    }
+    # Both kinds of training take these; where neither is asked for, distill says so.
+    if "qat" in split_method(method):
+        given["quantized_training"] = _given(training)
+    if "distill" in split_method(method) or "quantized_training" not in given:
+        given["distillation"] = _given({**(given["distillation"] or {}), **training})
+    config = parse_recipe(CompressConfig, _given(given) or {}, origin="compress")
     text_config = parse_recipe(
         TextConfig,
         {
@@ -69,6 +124,11 @@ def compress(
         _print(out, metrics)
 
 
+def _given(options: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the options that were given; None for none at all."""
+    return {name: value for name, value in options.items() if value is not None} or None
+
+
 def _print(out: Path, metrics: dict[str, Any]) -> None:
     from mutirao.console import format_bytes, output
 
@@ -76,10 +136,16 @@ def _print(out: Path, metrics: dict[str, Any]) -> None:
     output.print(
         f"wrote {out}: {format_bytes(metrics['total_bytes'])}, "
         f"{metrics['bits_per_weight']:.2f} bits per weight with scales and embeddings, "
-        f"{share:.2f} of the bfloat16 bytes",
+        f"{share:.2f} of the original's bfloat16 bytes",
         markup=False,
         soft_wrap=True,
     )
+    if "ideal_bytes" in metrics:
+        output.print(
+            "a format for zeros, low ranks and shared blocks would take "
+            f"{format_bytes(metrics['ideal_bytes'])}",
+            soft_wrap=True,
+        )
     if "heldout.rise" not in metrics:
         output.print("its loss was not measured: name text with --text")
         return

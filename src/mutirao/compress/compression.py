@@ -1,37 +1,39 @@
 """Compress a model directory into another that opens from disk, and measure what it cost.
 
-All linear layers of the decoder's blocks are quantized and packed in the public
-compressed-tensors layout (see ``formats.compressed_tensors``). Embeddings, the output head and
-norms stay in bfloat16: the layout's reader in transformers cannot quantize an embedding that is
-tied to the head, and a small model's quality hangs on it. The true bits per weight, embeddings
-and scales included, are in the manifest. Where there is text to measure on, the result is opened
-from disk and scored beside the original before it counts as written. The whole model is held in
-memory while it is compressed.
+What is done is a row of steps (see ``config``): some change the model, and the last may round the
+linear layers of the decoder's blocks to few bits. Codes and FP8 are stored in the public
+compressed-tensors layout (see ``formats.compressed_tensors``), NF4 in that of bitsandbytes; a
+model that is not rounded is a plain one in bfloat16. Embeddings, the output head and norms stay in
+bfloat16: the readers in transformers cannot quantize an embedding that is tied to the head, and a
+small model's quality hangs on it. The true bits per weight, embeddings and scales included, are in
+the manifest. Where there is text to measure on, the result is opened from disk and scored beside
+the original before it counts as written. The whole model is held in memory while it is compressed.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import resource
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mutirao.artifact import MANIFEST_NAME, ArtifactWriter, open_artifact, write_artifact
-from mutirao.compress.blocks import decoder_blocks, linear_layers, walk_blocks
+from mutirao.artifact import MANIFEST_NAME, open_artifact, write_artifact
+from mutirao.compress.blocks import linear_layers
 from mutirao.compress.config import CompressConfig, TextConfig
-from mutirao.compress.rounding.gptq import gptq_weight
-from mutirao.compress.rounding.grid import QuantizedWeight, best_grid, quantize_weight
 from mutirao.compress.loss import measure_loss
+from mutirao.compress.rounding.nf4 import import_functional
+from mutirao.compress.shrinking.sharing import named_weights
+from mutirao.compress.steps import change_model, check_finite, round_model
 from mutirao.compress.windows import Windows, read_windows
-from mutirao.console import format_bytes, step_progress, track
+from mutirao.compress.writing import count_zeros, ideal_bytes, stored_tensors, write_companions
 from mutirao.environment import release_memory
-from mutirao.errors import DataError, InputError
-from mutirao.formats.compressed_tensors import load_packed, pack_codes
+from mutirao.errors import InputError
+from mutirao.formats.compressed_tensors import is_packed, load_packed
 from mutirao.formats.huggingface import load_causal_lm
 from mutirao.models.arithmetic import fast_dtype
 from mutirao.models.causal import CausalModel
@@ -54,9 +56,11 @@ def compress_model(
     """Write a compressed copy of a model as an artifact of kind 'model'.
 
     Its manifest's metrics say ``weight_bits`` (bits per code), ``bits_per_weight`` (all
-    stored tensors over all weights), ``total_bytes``, ``original_bytes`` (the same weights
-    in bfloat16), ``num_weights`` and, with text, ``compress_s`` and the fields of
-    ``loss.CompressionLoss`` under ``heldout.``.
+    stored tensors over all weights), ``total_bytes``, ``original_bytes`` (the original's
+    weights in bfloat16), ``num_weights``, ``compress_s``, ``peak_memory_bytes`` (of the whole
+    process, until the result was written), ``ideal_bytes`` where a format for pruned, low-rank or
+    shared weights would take less, and, with text, the fields of ``loss.CompressionLoss`` under
+    ``heldout.``.
 
     Args:
         path: model artifact, or any Hugging Face directory.
@@ -70,20 +74,16 @@ def compress_model(
         The manifest's metrics.
 
     Raises:
-        InputError: the model is quantized already, the method needs text and has none, or the
-            model takes no windows so long.
+        InputError: the model is quantized already, the method needs text or a package and has
+            none, or the model takes no windows so long.
         DataError: there is too little text, or weights are not finite.
         ArtifactError: ``path`` was altered since it was written.
         FormatError: ``path`` is no model, or of a kind that is not supported.
         ShapeError: the group size does not divide a layer's inputs.
         DiskFullError: no room; ``out`` is as it was.
     """
-    _refuse_quantized(path)
-    if text is None and config.method == "gptq":
-        raise InputError(
-            "compress.method=gptq looks at text and none was given; name some with --text, or "
-            "take method rtn"
-        )
+    refuse_quantized(path)
+    _refuse_incomplete(config, text)
     is_artifact = (path / MANIFEST_NAME).is_file()
     if is_artifact:
         open_artifact(path, "model")
@@ -92,20 +92,19 @@ def compress_model(
     windows = None
     if text is not None:
         windows = read_windows(text, CausalModel(model, tokenizer, name=path.name), text_config)
-    recipe = {"compress": config.model_dump(mode="json")}
+    recipe = {"compress": config.model_dump(mode="json", exclude_none=True)}
     if text is not None:
         recipe["text"] = text_config.model_dump(mode="json")
     with write_artifact(out, "model", recipe=recipe) as writer:
         if is_artifact:
             writer.add_parent("model", path)
         started = time.monotonic()
-        calibration_WT = None if windows is None else windows.calibration
-        tensors = compress_tensors(model, config, calibration_WT)
+        model, tensors, metrics = _compress(model, tokenizer, path, config, windows)
         save_file(tensors, writer.path / "model.safetensors", metadata={"format": "pt"})
-        writer.metrics.update(_measure(model, tensors, config))
-        if windows is not None:
-            writer.metrics["compress_s"] = round(time.monotonic() - started, 2)
-        _write_companions(writer, model, tokenizer, config)
+        writer.metrics.update(metrics)
+        writer.metrics["compress_s"] = round(time.monotonic() - started, 2)
+        writer.metrics["peak_memory_bytes"] = _peak_memory_bytes()
+        write_companions(writer, model, tokenizer, config)
         del tensors, model
         release_memory()
         if windows is not None:
@@ -113,46 +112,58 @@ def compress_model(
     return dict(open_artifact(out, "model").metrics)
 
 
-def compress_tensors(
-    model: Any, config: CompressConfig, calibration_WT: Tensor | None = None
-) -> dict[str, Tensor]:
-    """Return what is stored: packed linear layers, and the rest in bfloat16.
-
-    Args:
-        model: a transformers causal model; method 'gptq' replaces its weights by rounded ones.
-        config: see ``CompressConfig``.
-        calibration_WT: (W, T) token ids for methods that look at text.
-
-    Raises:
-        DataError: a weight is not finite.
-        FormatError: the model is of a kind that is not supported.
-        ShapeError: the group size does not divide a layer's inputs.
-    """
-    layers = linear_layers(model)
-    for name, layer in layers.items():
-        if not bool(torch.isfinite(layer.weight).all()):
-            raise DataError(f"weights of {name} are not finite; the model is damaged")
-    _warn_of_coarse_weights(layers)
-    if config.method == "gptq":
-        assert calibration_WT is not None
-        quantized = _by_blocks(model, config, calibration_WT)
-    else:
-        label = f"compressing to {config.bits} bits"
-        quantized = {
-            name: quantize_weight(layer.weight.detach(), config.bits, config.group_size)
-            for name, layer in track(layers.items(), label, len(layers))
-        }
-    tensors: dict[str, Tensor] = {}
-    for name, weight in quantized.items():
-        tensors |= _pack(name, weight, config.bits)
-    packed_weights = {f"{name}.weight" for name in layers}
-    for name, parameter in model.named_parameters():  # a tied head is listed once
-        if name not in packed_weights:
-            tensors[name] = parameter.detach().to(torch.bfloat16).contiguous()
-    return tensors
+def _compress(
+    model: Any, tokenizer: Any, path: Path, config: CompressConfig, windows: Windows | None
+) -> tuple[Any, dict[str, Tensor], dict[str, int | float]]:
+    """Run all steps; return the model, what is stored of it, and what that takes."""
+    check_finite(model)
+    _warn_of_coarse_weights(linear_layers(model))
+    original_bytes = 2 * _count_weights(model)
+    calibration_WT = None if windows is None else windows.calibration
+    model = change_model(model, tokenizer, path, config, calibration_WT)
+    zeros = count_zeros(model)
+    parts = round_model(model, config, calibration_WT)
+    tensors = stored_tensors(model, parts)
+    num_weights = _count_weights(model)
+    total_bytes = sum(tensor.nbytes for tensor in tensors.values())
+    metrics: dict[str, int | float] = {
+        "weight_bits": config.bits,
+        "bits_per_weight": 8 * total_bytes / num_weights,
+        "total_bytes": total_bytes,
+        "original_bytes": original_bytes,
+        "num_weights": num_weights,
+    }
+    ideal = ideal_bytes(model, parts, zeros, total_bytes)
+    if ideal != total_bytes:
+        metrics["ideal_bytes"] = ideal
+    return model, tensors, metrics
 
 
-def _refuse_quantized(path: Path) -> None:
+def _count_weights(model: Any) -> int:
+    """Count weights as a file holds them: those that blocks share for each, a tied head once."""
+    return sum(weight.numel() for weight in named_weights(model).values())
+
+
+def _peak_memory_bytes() -> int:
+    """Return the largest memory that this process had so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux says it in KiB
+
+
+def _refuse_incomplete(config: CompressConfig, text: Path | None) -> None:
+    """Raise where a step lacks text, or its package, before anything is loaded."""
+    if text is None and config.needs_text:
+        step = config.needs_text[0]
+        hint = "; name some with --text"
+        if config.method == step:
+            hint += ", or take method magnitude" if step == "wanda" else ", or take method rtn"
+        raise InputError(
+            f"compress.method={config.method}: {step} looks at text and none was given{hint}"
+        )
+    if config.rounder == "nf4":
+        import_functional()
+
+
+def refuse_quantized(path: Path) -> None:
     """Raise for a model whose config.json says that its weights are quantized, in any way."""
     try:
         config = json.loads((path / "config.json").read_bytes())
@@ -183,105 +194,10 @@ def _warn_of_coarse_weights(layers: dict[str, nn.Linear]) -> None:
         )
 
 
-def _by_blocks(
-    model: Any, config: CompressConfig, calibration_WT: Tensor
-) -> dict[str, QuantizedWeight]:
-    """Round block after block, each by what it sees of the text behind the rounded ones."""
-    quantized: dict[str, QuantizedWeight] = {}
-    with step_progress() as progress:
-        num_blocks = len(decoder_blocks(model))
-        bar = progress.add_task(f"compressing to {config.bits} bits", total=num_blocks)
-
-        def visit(prefix: str, block: nn.Module, grams: Any) -> None:
-            for name, gram_II in grams.items():
-                layer: Any = block.get_submodule(name)
-                grid = best_grid(layer.weight, config.bits, config.group_size, gram_II.diagonal())
-                codes = gptq_weight(layer.weight, gram_II, grid, config.bits)
-                layer.weight.data.copy_(codes.expand())
-                quantized[f"{prefix}.{name}"] = codes
-            progress.advance(bar)
-
-        walk_blocks(model.to(getattr(torch, fast_dtype())), calibration_WT, visit)
-    return quantized
-
-
-def _pack(name: str, weight: QuantizedWeight, bits: int) -> dict[str, Tensor]:
-    zero_point = pack_codes(weight.zero.T.contiguous(), bits).T
-    return {
-        f"{name}.weight_packed": pack_codes(weight.codes, bits),
-        f"{name}.weight_scale": weight.scale,
-        f"{name}.weight_zero_point": zero_point.contiguous(),
-        f"{name}.weight_shape": torch.tensor(weight.codes.shape),
-    }
-
-
 def _measure_again(path: Path, compressed: Path, windows: Windows) -> dict[str, float]:
     """Open what was written and score it beside the original."""
     original, _ = load_causal_lm(path, dtype=fast_dtype())
-    reopened, _ = load_packed(compressed, dtype=fast_dtype())
+    load = load_packed if is_packed(compressed) else load_causal_lm
+    reopened, _ = load(compressed, dtype=fast_dtype())
     found = measure_loss(original, reopened, windows.heldout)
     return {f"heldout.{name}": value for name, value in found._asdict().items()}
-
-
-def _measure(
-    model: Any, tensors: dict[str, Tensor], config: CompressConfig
-) -> dict[str, int | float]:
-    num_weights = sum(parameter.numel() for parameter in model.parameters())
-    total_bytes = sum(tensor.nbytes for tensor in tensors.values())
-    return {
-        "weight_bits": config.bits,
-        "bits_per_weight": 8 * total_bytes / num_weights,
-        "total_bytes": total_bytes,
-        "original_bytes": 2 * num_weights,
-        "num_weights": num_weights,
-    }
-
-
-def _write_companions(
-    writer: ArtifactWriter, model: Any, tokenizer: Any, config: CompressConfig
-) -> None:
-    """Write all that a model directory has beside its weights."""
-    model.config.quantization_config = _quantization_config(config)
-    model.config.save_pretrained(str(writer.path))
-    if getattr(model, "generation_config", None) is not None:
-        model.generation_config.save_pretrained(str(writer.path))
-    tokenizer.save_pretrained(str(writer.path))
-    (writer.path / "README.md").write_text(_model_card(writer, config), encoding="utf-8")
-
-
-def _quantization_config(config: CompressConfig) -> dict[str, Any]:
-    weights = {
-        "num_bits": config.bits,
-        "type": "int",
-        "symmetric": False,
-        "strategy": "group",
-        "group_size": config.group_size,
-    }
-    return {
-        "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
-        "quantization_status": "compressed",
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
-        "ignore": ["lm_head"],
-    }
-
-
-def _model_card(writer: ArtifactWriter, config: CompressConfig) -> str:
-    total_bytes = float(str(writer.metrics["total_bytes"]))
-    original_bytes = float(str(writer.metrics["original_bytes"]))
-    how = "rounded to nearest" if config.method == "rtn" else "rounded by GPTQ"
-    return (
-        "---\nlibrary_name: transformers\npipeline_tag: text-generation\n"
-        f"tags: [compressed-tensors, {config.bits}-bit]\n---\n\n"
-        f"# Model compressed to {config.bits} bits\n\n"
-        f"The linear layers are {how}, {config.bits} bits per code, in groups of "
-        f"{config.group_size} with a 16-bit scale and a {config.bits}-bit zero point; "
-        "embeddings, head and norms are in bfloat16. "
-        f"All weights take {format_bytes(total_bytes)} "
-        f"({writer.metrics['bits_per_weight']:.2f} bits per weight), against "
-        f"{format_bytes(original_bytes)} in bfloat16.\n\n"
-        "The layout is compressed-tensors, format pack-quantized: transformers opens it where "
-        "the package compressed-tensors (0.20 or newer) is installed, Mutirão without it. "
-        "Weights are expanded when the model is opened, so that it takes as much memory as "
-        "the original. `manifest.json` says what it was made from.\n"
-    )

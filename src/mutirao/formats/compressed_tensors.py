@@ -1,12 +1,14 @@
-"""Compressed weights in the public compressed-tensors layout, format "pack-quantized".
+"""Compressed weights in the public compressed-tensors layout: "pack-quantized", "float-quantized".
 
-A compressed linear layer is four tensors: ``weight_packed`` (codes of a few bits, packed
-without gaps into 32-bit words along the input), ``weight_scale``, ``weight_zero_point``
-(packed along the output) and ``weight_shape``; ``config.json`` says how to read them under
-``quantization_config``. transformers opens such a folder where the package
+A linear layer in format "pack-quantized" is four tensors: ``weight_packed`` (codes of a few bits,
+packed without gaps into 32-bit words along the input), ``weight_scale``, ``weight_zero_point``
+(packed along the output) and ``weight_shape``. In format "float-quantized" it is two: ``weight``
+in FP8 (E4M3) and ``weight_scale``, one for each output. ``config.json`` says how to read them
+under ``quantization_config``. transformers opens such a folder where the package
 compressed-tensors (0.20 or newer; older ones lay out 3 bits otherwise) is installed; the
 reader here does without it. Weights are expanded when read: what is saved is disk and
-transfer, not memory. Only integer codes in groups are read, with or without zero points.
+transfer, not memory. Only integer codes in groups are read, with or without zero points, and
+FP8 with a scale per output; and bitsandbytes' NF4, see ``nf4``.
 
 Shapes: O outputs, I inputs, G groups of inputs, W words.
 """
@@ -27,6 +29,7 @@ from torch import Tensor
 
 from mutirao.errors import FormatError
 from mutirao.formats.huggingface import Dtype, without_progress_bars
+from mutirao.formats.nf4 import STATE_SUFFIX, expand_nf4, is_nf4
 
 
 def pack_codes(codes_OI: Tensor, num_bits: int) -> Tensor:
@@ -112,15 +115,33 @@ def expand_weight(
     return ((codes_OGS - zero_OG[..., None]) * scale_OG.float()[..., None]).view(shape)
 
 
+def expand_float(values_OI: Tensor, scale_O1: Tensor) -> Tensor:
+    """Return the (O, I) float32 weight that an FP8 layer stands for.
+
+    Args:
+        values_OI: (O, I) float8_e4m3fn.
+        scale_O1: (O, 1) what they are multiplied by.
+
+    Raises:
+        FormatError: the tensors do not fit together.
+    """
+    if scale_O1.shape != (len(values_OI), 1):
+        raise FormatError(
+            f"an FP8 weight of shape {tuple(values_OI.shape)} has scales "
+            f"{tuple(scale_O1.shape)} (expected ({len(values_OI)}, 1)); make the model again"
+        )
+    return values_OI.float() * scale_O1.float()
+
+
 def is_packed(path: Path) -> bool:
-    """Say whether a model directory holds compressed-tensors weights; False for no model."""
+    """Say whether a model directory holds weights for ``load_packed``; False for no model."""
     try:
         config = json.loads((path / "config.json").read_bytes())
     except (OSError, ValueError):
         return False
     quantization = config.get("quantization_config") if isinstance(config, dict) else None
     return isinstance(quantization, dict) and (
-        quantization.get("quant_method") == "compressed-tensors"
+        quantization.get("quant_method") == "compressed-tensors" or is_nf4(quantization)
     )
 
 
@@ -160,10 +181,16 @@ def load_packed(path: Path, dtype: Dtype = "bfloat16") -> tuple[Any, Any]:
 def expand_state(tensors: dict[str, Tensor], num_bits: int, dtype: str) -> dict[str, Tensor]:
     """Turn the tensors of a compressed file into those of a plain one.
 
+    Args:
+        tensors: all of the file's, by name.
+        num_bits: bits per packed integer code; floating-point and NF4 codes say theirs.
+        dtype: of the weights to return.
+
     Raises:
         FormatError: a part of a compressed layer is missing or does not fit.
     """
     state: dict[str, Tensor] = {}
+    in_nf4 = {name.removesuffix(STATE_SUFFIX) for name in tensors if name.endswith(STATE_SUFFIX)}
     for name, tensor in tensors.items():
         layer, _, part = name.rpartition(".")
         if part == "weight_packed":
@@ -180,25 +207,41 @@ def expand_state(tensors: dict[str, Tensor], num_bits: int, dtype: str) -> dict[
                 num_bits,
             )
             state[f"{layer}.weight"] = weight.to(getattr(torch, dtype))
-        elif part not in ("weight_scale", "weight_zero_point", "weight_shape"):
+        elif tensor.dtype == torch.float8_e4m3fn:
+            scale = tensors.get(f"{name}_scale")
+            if scale is None:
+                raise FormatError(f"compressed layer {layer} has no {name}_scale")
+            state[name] = expand_float(tensor, scale).to(getattr(torch, dtype))
+        elif name in in_nf4:
+            state[name] = expand_nf4(name, tensors).to(getattr(torch, dtype))
+        elif not _is_part(name, part, in_nf4):
             state[name] = tensor
     return state
+
+
+def _is_part(name: str, part: str, in_nf4: set[str]) -> bool:
+    """Say whether a tensor belongs to another, compressed one."""
+    if part in ("weight_scale", "weight_zero_point", "weight_shape"):
+        return True
+    return f"{name.partition('.weight.')[0]}.weight" in in_nf4
 
 
 def _num_bits(quantization: Any, path: Path) -> int:
     """Return the bits per code that ``quantization_config`` declares."""
     document = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    if is_nf4(document):
+        return 4
     groups = list((document.get("config_groups") or {}).values())
     weights = groups[0].get("weights") if len(groups) == 1 else None
-    if (
-        document.get("format") != "pack-quantized"
-        or not isinstance(weights, dict)
-        or weights.get("type") != "int"
-        or weights.get("strategy") != "group"
-        or weights.get("num_bits") not in range(1, 9)
-    ):
-        raise FormatError(
-            f"compressed model {path} is of a kind that is not read here (expected format "
-            "'pack-quantized' with one set of integer weights in groups)"
-        )
-    return int(weights["num_bits"])
+    if isinstance(weights, dict):
+        kind = (document.get("format"), weights.get("type"), weights.get("strategy"))
+        num_bits: Any = weights.get("num_bits")
+        if kind == ("pack-quantized", "int", "group") and num_bits in range(1, 9):
+            return int(num_bits)
+        if kind == ("float-quantized", "float", "channel") and num_bits == 8:
+            return 8
+    raise FormatError(
+        f"compressed model {path} is of a kind that is not read here (expected format "
+        "'pack-quantized' with one set of integer weights in groups, or 'float-quantized' with one "
+        "of 8 bits and a scale per channel, or bitsandbytes' NF4)"
+    )

@@ -95,7 +95,7 @@ def load_causal_lm(
             model = AutoModelForCausalLM.from_pretrained(
                 path, dtype=getattr(torch, dtype), use_safetensors=True, **safe
             )
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, KeyError, OSError, ImportError) as error:  # a package that it is read with
         first_line = str(error).strip().partition("\n")[0]
         raise FormatError(f"{path} cannot be loaded by transformers: {first_line}") from error
     return model.eval(), tokenizer

@@ -18,6 +18,7 @@ LOSS = 3.0
 def _candidate(bits, num_bytes, rise, half=0.0, *, speed=None, group_size=32):
     return Candidate(
         Way("rtn", bits, group_size),
+        0.01,
         num_bytes,
         float(bits),
         Prediction(rise, rise - half, rise + half),
@@ -82,7 +83,7 @@ def test_what_is_resident_goes_before_what_is_streamed():
 def test_what_was_measured_goes_before_what_was_foretold():
     loss = CompressionLoss(3.0, 3.1, 0.1, 0.01, 0.09, 1000)
     way = Way("rtn", 4, 32)
-    candidate = Candidate(way, 400, 4.0, Prediction(9.0, 8.0, 10.0), Measured(way, loss))
+    candidate = Candidate(way, 0.01, 400, 4.0, Prediction(9.0, 8.0, 10.0), Measured(way, loss))
     assert candidate.rise.mean == 0.1
     assert candidate.rise.high == pytest.approx(0.1196)
 

@@ -18,7 +18,7 @@ N = 1e8
 
 def _chosen(rise, bits=4):
     prediction = Prediction(rise, rise * 0.8, rise * 1.2)
-    return Candidate(Way("gptq", bits, 32), 10**8, 5.0, prediction, None)
+    return Candidate(Way("gptq", bits, 32), 0.01, 10**8, 5.0, prediction, None)
 
 
 def _gamma(name):

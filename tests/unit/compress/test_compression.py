@@ -16,7 +16,7 @@ from mutirao.compress.compression import compress_model
 from mutirao.compress.config import CompressConfig, TextConfig
 from mutirao.compress.rounding.grid import quantize_weight
 from mutirao.compress.windows import read_windows
-from mutirao.config import Config, parse_recipe
+from mutirao.config import Config, load_recipe, parse_recipe, recipe_template
 from mutirao.errors import (
     ArtifactError,
     DataError,
@@ -228,3 +228,204 @@ def test_a_result_that_cannot_be_opened_again_is_not_kept(
             text_config=TEXT,
         )
     assert not (tmp_path / "small").exists()
+
+
+SMALL_STEPS = {"steps": 2, "learning_rate": 1e-4}
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("wanda,gptq", {"bits": 4, "prune": {"sparsity": 0.5}}),
+        ("magnitude,awq,gptq", {"bits": 4}),
+        ("share,gptq", {"bits": 4}),
+        ("magnitude,rtn", {"bits": 4, "prune": {"pattern": "2:4"}}),
+    ],
+)
+def test_steps_follow_each_other(tiny_model_directory, tmp_path, method, settings):
+    config = CompressConfig(method=method, **settings)
+    out = tmp_path / "small"
+    metrics = compress_model(
+        tiny_model_directory, out, config, text=_text(tmp_path), text_config=TEXT
+    )
+    model, _ = load_packed(out)
+    first, second = (model.model.layers[index].mlp.up_proj.weight for index in (0, 1))
+    if "share" in method:
+        assert torch.equal(first, second)
+        saved = metrics["total_bytes"] - metrics["ideal_bytes"]
+        tensors = load_file(out / "model.safetensors")
+        layers = [t.nbytes for n, t in tensors.items() if "layers.1" in n and "proj.weight" in n]
+        assert saved == sum(layers)
+    else:
+        assert float((first == 0).float().mean()) >= 0.5
+        num_weights = sum(
+            layer.weight.numel()
+            for name, layer in model.named_modules()
+            if isinstance(layer, torch.nn.Linear) and name != "lm_head"
+        )
+        # Of 4 bits per weight, half are zeros; one bit per weight says which.
+        assert metrics["total_bytes"] - metrics["ideal_bytes"] == num_weights // 8
+    assert open_artifact(out).recipe["compress"]["method"] == method
+    assert metrics["peak_memory_bytes"] > 50_000_000
+    assert metrics["compress_s"] > 0
+
+
+@pytest.mark.parametrize("method", ["magnitude", "share", "svd"])
+def test_a_model_that_is_not_rounded_is_a_plain_one(tiny_model_directory, tmp_path, method):
+    out = tmp_path / "small"
+    metrics = compress_model(
+        tiny_model_directory,
+        out,
+        CompressConfig(method=method),
+        text=_text(tmp_path),
+        text_config=TEXT,
+    )
+    config = json.loads((out / "config.json").read_text())
+    assert "quantization_config" not in config
+    assert config["dtype"] == "bfloat16"
+    tensors = load_file(out / "model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    assert tensors.keys() == load_file(tiny_model_directory / "model.safetensors").keys()
+    assert metrics["bits_per_weight"] == 16
+    assert metrics["total_bytes"] == metrics["original_bytes"]
+    assert metrics["ideal_bytes"] < 0.9 * metrics["total_bytes"]
+    assert metrics["heldout.divergence"] > 0
+    model, _ = load_causal_lm(out)
+    assert all(bool(torch.isfinite(each).all()) for each in model.parameters())
+
+
+def test_distillation_after_another_step_learns_from_the_original(
+    tiny_model_directory, tmp_path, monkeypatch
+):
+    from mutirao.compress.training import distillation
+
+    seen = {}
+
+    def distill(teacher, tokenizer, ids_WT, config, *, student=None):
+        seen.update(teacher=teacher, student=student, ids_WT=ids_WT, config=config)
+        return student
+
+    monkeypatch.setattr(distillation, "distill", distill)
+    config = CompressConfig(method="magnitude,distill,rtn", distillation=SMALL_STEPS)
+    compress_model(
+        tiny_model_directory, tmp_path / "small", config, text=_text(tmp_path), text_config=TEXT
+    )
+    original, tokenizer = load_causal_lm(tiny_model_directory)
+    name = "model.layers.0.mlp.up_proj.weight"
+    weight = original.get_parameter(name)
+    assert torch.equal(seen["teacher"].get_parameter(name).bfloat16(), weight)
+    assert float((seen["student"].get_parameter(name) == 0).float().mean()) >= 0.5
+    windows = read_windows(_text(tmp_path), CausalModel(original, tokenizer), TEXT)
+    assert torch.equal(seen["ids_WT"], windows.calibration)
+    assert seen["config"].steps == 2
+
+
+def test_a_student_is_measured_beside_its_teacher(tiny_model_directory, tmp_path, monkeypatch):
+    from mutirao.compress.training import distillation
+
+    def distill(teacher, tokenizer, ids_WT, config):
+        teacher.model.layers = teacher.model.layers[:1]
+        teacher.config.num_hidden_layers = 1
+        teacher.config.layer_types = None
+        return teacher
+
+    monkeypatch.setattr(distillation, "distill", distill)
+    metrics = compress_model(
+        tiny_model_directory,
+        tmp_path / "small",
+        CompressConfig(method="distill"),
+        text=_text(tmp_path),
+        text_config=TEXT,
+    )
+    assert metrics["bits_per_weight"] == 16
+    assert metrics["original_bytes"] == 2 * 82240
+    assert metrics["total_bytes"] < 0.7 * metrics["original_bytes"]
+    assert metrics["heldout.rise"] != 0
+
+
+def test_training_for_the_grid_gets_its_bits(tiny_model_directory, tmp_path, monkeypatch):
+    from mutirao.compress.training import quantized_training
+
+    seen = []
+    monkeypatch.setattr(
+        quantized_training, "train_quantized", lambda model, ids, config: seen.append(config)
+    )
+    config = CompressConfig(method="qat,rtn", bits=3, group_size=16, quantized_training=SMALL_STEPS)
+    compress_model(
+        tiny_model_directory, tmp_path / "small", config, text=_text(tmp_path), text_config=TEXT
+    )
+    assert (seen[0].bits, seen[0].group_size, seen[0].steps) == (3, 16, 2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"method": "rtn,wanda"}, "nothing can follow rtn"),
+        ({"method": "gptq,awq"}, "nothing can follow gptq"),
+        ({"method": "wander"}, "'wander' is no step"),
+        ({"method": ""}, "'' is no step"),
+        ({"method": "qat"}, "trains for rounding that does not follow"),
+        ({"method": "fp8", "bits": 4}, r"bits=4 is not for compress.method=fp8 \(expected 8\)"),
+        ({"method": "nf4", "group_size": 32}, r"group_size=32 is not for compress.method=nf4"),
+        ({"method": "wanda", "bits": 4}, r"bits=4 is not for compress.method=wanda"),
+        ({"prune": {}}, "compress.prune is for wanda and magnitude"),
+        (
+            {"method": "share,distill", "distillation": {"layers": 1}},
+            "the student of distill is what share made",
+        ),
+        (
+            {"method": "qat,rtn", "bits": 3, "quantized_training": {"bits": 4}},
+            "expected 3 in groups of 32",
+        ),
+    ],
+)
+def test_steps_that_do_not_fit_are_refused(settings, message):
+    with pytest.raises(RecipeError, match=message):
+        CompressConfig(**settings)
+
+
+@pytest.mark.parametrize("method", ["nf4", "fp8", "svd", "awq, gptq", "share,qat,rtn", "rtn"])
+def test_a_recipe_of_every_kind_loads_again(tmp_path, method):
+    class Recipe(Config):
+        compress: tuple[CompressConfig, ...] = (CompressConfig(method=method),)
+
+    path = tmp_path / "recipe.toml"
+    path.write_text(recipe_template(Recipe()))
+    assert load_recipe(Recipe, path) == Recipe()
+    assert Recipe().compress[0].steps[-1] == method.replace(" ", "").removeprefix("share,qat,")
+
+
+@pytest.mark.parametrize("method", ["awq", "wanda", "svd", "distill", "qat,rtn", "magnitude,gptq"])
+def test_steps_that_look_at_text_ask_for_it(tiny_model_directory, tmp_path, method):
+    with pytest.raises(InputError, match=r"looks at text and none was given; .*--text"):
+        compress_model(tiny_model_directory, tmp_path / "small", CompressConfig(method=method))
+
+
+def test_the_command_gives_each_step_its_options(tmp_path, monkeypatch):
+    seen = []
+
+    def compress_model(path, out, config, *, text, text_config):
+        seen.append(config)
+        return {"total_bytes": 1, "original_bytes": 2, "bits_per_weight": 8.0, "ideal_bytes": 1}
+
+    monkeypatch.setattr(compression, "compress_model", compress_model)
+    (tmp_path / "model").mkdir()
+    command = ["compress", str(tmp_path / "model"), "--out", str(tmp_path / "out"), "--method"]
+    for options in (
+        "wanda,svd,share --sparsity 0.25 --pattern free --kept-parameters 0.5 --share-every 3",
+        "distill,qat,rtn --student-layers 1 --student-width 32 --training-steps 7 --bits 2 "
+        "--learning-rate 0.01",
+    ):
+        result = CliRunner().invoke(app, [*command, *options.split()])
+        assert result.exit_code == 0, result.output
+    first, second = seen
+    assert (first.prune.sparsity, first.low_rank.kept, first.sharing.every) == (0.25, 0.5, 3)
+    assert first.bits == 16
+    trained = (second.distillation, second.quantized_training)
+    assert [(each.steps, each.learning_rate) for each in trained] == [(7, 0.01)] * 2
+    assert (second.distillation.layers, second.distillation.hidden) == (1, 32)
+    assert second.quantized_training.bits == 2
+    for option in ("--sparsity 0.3", "--share-every 2", "--training-steps 5"):
+        result = CliRunner().invoke(app, [*command, "rtn", *option.split()])
+        assert isinstance(result.exception, RecipeError)
+        assert "which compress.method=rtn does not have" in str(result.exception)

@@ -17,7 +17,7 @@ def _inputs(num_tokens, num_inputs, seed=0):
     return torch.randn(num_tokens, num_inputs, generator=generator) @ mix * scales
 
 
-def _naive(weight, gram, grid, bits, damping=0.01):
+def _naive(weight, gram, grid, bits, damping=0.01, pruned=None):
     """Optimal brain compression, one input at a time: the remaining inverse is downdated."""
     weight, gram = weight.double().numpy().copy(), gram.double().numpy().copy()
     scale, zero = (each.double().numpy() for each in grid)
@@ -29,6 +29,8 @@ def _naive(weight, gram, grid, bits, damping=0.01):
         step, centre = scale[:, i // size], zero[:, i // size]
         code = np.clip(np.rint(weight[:, i] / step) + centre, 0, 2**bits - 1)
         rounded[:, i] = (code - centre) * step
+        if pruned is not None:
+            rounded[pruned[:, i].numpy(), i] = 0
         error = (weight[:, i] - rounded[:, i]) / inverse[i, i]
         for j in order[index + 1 :]:
             weight[:, j] -= error * inverse[i, j]
@@ -46,6 +48,21 @@ def test_agrees_with_one_input_at_a_time_in_float64(bits, group_size):
     want = _naive(weight, gram, grid, bits)
     # A tie of float32 may fall on the other side, and moves what comes after it.
     assert np.mean(np.isclose(got, want, rtol=1e-5, atol=1e-5)) > 0.99
+
+
+def test_pruned_weights_stay_zero_and_the_others_make_up_for_them():
+    x = _inputs(400, 160)
+    generator = torch.Generator().manual_seed(7)
+    weight = torch.randn(6, 160, generator=generator)
+    pruned = torch.rand(6, 160, generator=generator) < 0.5
+    weight[pruned] = 0
+    gram = x.T @ x / len(x)
+    grid = full_grid(weight, 4, 32)
+    got = gptq_weight(weight, gram, grid, 4, pruned_OI=pruned).expand()
+    assert bool((got[pruned] == 0).all())
+    assert not bool((gptq_weight(weight, gram, grid, 4).expand()[pruned] == 0).all())
+    want = _naive(weight, gram, grid, 4, pruned=pruned)
+    assert np.mean(np.isclose(got.numpy(), want, rtol=1e-5, atol=1e-5)) > 0.99
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])

@@ -102,19 +102,17 @@ def test_later_blocks_are_cut_by_what_earlier_ones_make(model):
 
 def test_what_is_changed_is_in_place_and_only_the_blocks_matrices(model):
     kept = {n: p.detach().clone() for n, p in model.named_parameters() if "proj" not in n}
-    places = {n: p.data_ptr() for n, p in model.named_parameters()}
-    model.bfloat16()
+    parameters = dict(model.bfloat16().named_parameters())
     lower_rank(model, IDS, LowRankConfig(kept=0.5))
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    assert set(places) == {n for n, _ in model.named_parameters()}
-    for name, parameter in model.named_parameters():
-        if name in kept:
-            assert torch.equal(parameter, kept[name].bfloat16())
+    assert all(p is parameters[n] for n, p in model.named_parameters())
+    for name, old in kept.items():
+        assert torch.equal(parameters[name], old.bfloat16())
 
 
 def test_a_share_that_leaves_no_rank_is_refused_before_anything_changes(model):
     before = [p.detach().clone() for p in model.parameters()]
-    with pytest.raises(InputError, match=r"kept=0\.03 leaves model.layers.0.self_attn"):
+    with pytest.raises(InputError, match=r"low_rank.kept=0\.03 leaves model.layers.0.self_attn"):
         lower_rank(model, IDS, LowRankConfig(kept=0.03))
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
 

@@ -73,6 +73,22 @@ def test_a_layer_without_scales_is_refused():
         expand_state(tensors, 4, "float32")
 
 
+def test_floats_are_scaled_by_their_rows():
+    values = torch.tensor([[1.0, -2.0], [448.0, 0.5]]).to(torch.float8_e4m3fn)
+    tensors = {"a.weight": values, "a.weight_scale": torch.tensor([[2.0], [0.5]])}
+    state = expand_state(tensors, 8, "float32")
+    assert state.keys() == {"a.weight"}
+    assert state["a.weight"].tolist() == [[2.0, -4.0], [224.0, 0.25]]
+
+
+def test_floats_without_fitting_scales_are_refused():
+    values = torch.ones(2, 3).to(torch.float8_e4m3fn)
+    with pytest.raises(FormatError, match=r"no a\.weight_scale"):
+        expand_state({"a.weight": values}, 8, "float32")
+    with pytest.raises(FormatError, match=r"expected \(2, 1\)"):
+        expand_state({"a.weight": values, "a.weight_scale": torch.ones(2)}, 8, "float32")
+
+
 def test_plain_and_missing_models_are_not_packed(tiny_model_directory, tmp_path):
     assert not is_packed(tiny_model_directory)
     assert not is_packed(tmp_path / "nothing")
@@ -84,7 +100,7 @@ def test_another_way_of_compressing_is_refused(tiny_model_directory, tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     config["quantization_config"] = {
         "quant_method": "compressed-tensors",
-        "format": "float-quantized",
+        "format": "naive-quantized",
         "config_groups": {},
     }
     (tmp_path / "config.json").write_text(json.dumps(config))

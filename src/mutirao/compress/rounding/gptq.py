@@ -29,7 +29,13 @@ BLOCK = 128
 
 
 def gptq_weight(
-    weight_OI: Tensor, gram_II: Tensor, grid: Grid, bits: int, *, damping: float = 0.01
+    weight_OI: Tensor,
+    gram_II: Tensor,
+    grid: Grid,
+    bits: int,
+    *,
+    damping: float = 0.01,
+    pruned_OI: Tensor | None = None,
 ) -> QuantizedWeight:
     """Round a weight so that the layer's output changes little.
 
@@ -39,6 +45,8 @@ def gptq_weight(
         grid: where codes stand, from ``grid.best_grid``.
         bits: bits per code, 1 to 8.
         damping: added to the diagonal, as a share of its mean.
+        pruned_OI: (O, I) bool, weights that are zero and stay so, whatever the errors of others
+            (as in SparseGPT, arXiv:2301.00774); None for none.
 
     Raises:
         DataError: the Gram matrix is not finite.
@@ -52,6 +60,8 @@ def gptq_weight(
     scale_OI, zero_OI = (part.float()[:, group_I[order_I]] for part in grid)
     left_OI = weight_OI.float()[:, order_I].clone()
     rounded_OI = torch.empty_like(left_OI)
+    if pruned_OI is not None:
+        pruned_OI = pruned_OI[:, order_I]
     for begin in range(0, left_OI.shape[1], BLOCK):
         end = min(begin + BLOCK, left_OI.shape[1])
         errors_OK = _round_block(
@@ -61,6 +71,7 @@ def gptq_weight(
             scale_OI[:, begin:end],
             zero_OI[:, begin:end],
             2**bits - 1,
+            None if pruned_OI is None else pruned_OI[:, begin:end],
         )
         left_OI[:, end:] -= errors_OK @ factor_II[begin:end, end:]
     own_order_I = torch.argsort(order_I)
@@ -74,6 +85,7 @@ def _round_block(
     scale_OK: Tensor,
     zero_OK: Tensor,
     highest: int,
+    pruned_OK: Tensor | None,
 ) -> Tensor:
     """Round the inputs of a block in turn; return what each moves to later blocks."""
     # One row per input, so that each step reads and writes memory in a line.
@@ -82,6 +94,8 @@ def _round_block(
     for k in range(len(left_KO)):
         codes_O = (left_KO[k] / scale_KO[k]).round_().add_(zero_KO[k]).clamp_(0, highest)
         weight_O = (codes_O - zero_KO[k]) * scale_KO[k]
+        if pruned_OK is not None:
+            weight_O.masked_fill_(pruned_OK[:, k], 0.0)
         errors_KO[k] = (left_KO[k] - weight_O) / factor_KK[k, k]
         left_KO[k + 1 :].addr_(factor_KK[k, k + 1 :], errors_KO[k], alpha=-1)
         rounded_OK[:, k] = weight_O
