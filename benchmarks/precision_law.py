@@ -17,6 +17,7 @@ from typing import Any
 
 from bench_precision import read_rows
 from precision.family import SIZES
+from precision.picture import draw
 from precision.settled import (
     BASELINES,
     BITS,
@@ -51,7 +52,9 @@ def main() -> None:
     else:
         held_out = measurements(rows, HELD_OUT_SIZES, HELD_OUT_TOKENS)
         before = json.loads((options.out / "predictions.json").read_text(encoding="utf-8"))
-        _write(options.out / "judgement.json", _judge(fitted, held_out, before))
+        judged = _judge(fitted, held_out, before)
+        _write(options.out / "judgement.json", judged)
+        draw(fitted, judged, options.figure)
 
 
 def _predict(fitted: list[Measurement]) -> dict[str, Any]:
@@ -240,6 +243,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("step", choices=("predict", "judge"))
     parser.add_argument("--rows", type=Path, default=DATA)
     parser.add_argument("--out", type=Path, default=DATA)
+    parser.add_argument("--figure", type=Path, default=DATA.parents[1] / "precision.svg")
     return parser.parse_args()
 
 
