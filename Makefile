@@ -13,7 +13,7 @@ INSTALLED := $(VENV)/.installed
 INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX),)
 CONSTRAINTS := $(CURDIR)/constraints.txt
 
-.PHONY: help demo test test-slow check fmt bench bench-demo bench-outcome bench-inference bench-plan bench-federated bench-aggregator bench-privacy bench-export bench-precision bench-law bench-shrinking clean
+.PHONY: help demo test test-slow check fmt bench bench-demo bench-outcome bench-inference bench-plan bench-federated bench-aggregator bench-privacy bench-export bench-precision bench-law bench-compress clean
 .DEFAULT_GOAL := help
 
 help:  ## say what can be made
@@ -78,8 +78,8 @@ bench-precision: $(INSTALLED)  ## train small decoders, round them in every way;
 bench-law: $(INSTALLED)  ## the precision law against held-out runs: ARGS=predict, later ARGS=judge
 	$(BIN)/python benchmarks/precision_law.py $(ARGS)
 
-bench-shrinking: $(INSTALLED)  ## pruning, low rank, sharing beside bits: ARGS="MODEL TEXT"
-	$(BIN)/python benchmarks/bench_shrinking.py $(ARGS)
+bench-compress: $(INSTALLED)  ## every way to make a model smaller: ARGS="MODEL TEXT" (an hour)
+	$(BIN)/python benchmarks/bench_compress.py $(ARGS)
 
 clean:  ## remove what was built; downloads and runs under MUTIRAO_HOME stay
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
