@@ -1,4 +1,4 @@
-"""Every way to make one model smaller: what each costs, from disk to disk, in processes of their own.
+"""Every way to make one model smaller: what each costs, from disk to disk, one process each.
 
     python benchmarks/bench_compress.py MODEL TEXT [--only gptq-4,awq-4] [--work FOLDER]
 

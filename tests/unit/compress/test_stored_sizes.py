@@ -1,9 +1,6 @@
 from __future__ import annotations
 
 import copy
-import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,10 +12,6 @@ from mutirao.compress.shrinking.pruning import prune
 from mutirao.compress.shrinking.sharing import share_blocks
 from mutirao.compress.shrinking.sizes import stored_parameters
 from mutirao.formats.huggingface import load_causal_lm
-
-sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
-
-import bench_shrinking
 
 IDS = (torch.arange(40 * 12).reshape(40, 12) * 7) % 200
 BLOCK = 2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 96
@@ -80,28 +73,3 @@ def test_shared_matrices_count_once(model, others):
     prune(model, IDS, PruneConfig())  # twice, once by what comes into each block
     assert stored_parameters(model) == others + BLOCK * (1 / 2 + 1 / 16)
     assert len({id(layer.weight) for layer in linear_layers(model).values()}) == 7
-
-
-def test_the_benchmark_prints_all_methods(tiny_model_directory, tmp_path, monkeypatch, capsys):
-    (tmp_path / "text.txt").write_text("The patient has a fever and a cough. " * 400)
-    options = "--window-tokens 16 --calibration-windows 12 --heldout-windows 4 --threads 1"
-    arguments = [str(tiny_model_directory), str(tmp_path / "text.txt"), *options.split()]
-    monkeypatch.setattr(sys, "argv", ["bench_shrinking.py", *arguments])
-    assert bench_shrinking.main() == 0
-    found = json.loads(capsys.readouterr().out)
-    rows = {row["method"]: row for row in found["rows"]}
-    assert list(rows) == list(bench_shrinking.METHODS)
-    assert len({row["original"] for row in rows.values()}) == 1  # the original is not changed
-    assert len({row["compressed"] for row in rows.values()}) == len(rows)
-    others = found["num_weights"] - 2 * BLOCK
-    assert found["original_bytes"] == 2 * (others + 2 * BLOCK)
-    assert rows["wanda, 2:4"]["ideal_bytes"] == 2 * others + 2 * BLOCK * 9 // 8
-    # Of each 32 codes, one scale of 16 bits and one zero point.
-    assert rows["gptq, 4 bits"]["ideal_bytes"] == 2 * others + 2 * BLOCK * (4 + 20 / 32) / 8
-    assert rows["gptq, 8 bits"]["rise"] < rows["gptq, 3 bits"]["rise"]
-
-
-def test_the_benchmark_says_what_is_wrong(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["bench_shrinking.py", str(tmp_path), str(tmp_path)])
-    assert bench_shrinking.main() == 2
-    assert str(tmp_path) in capsys.readouterr().err
