@@ -23,7 +23,7 @@ from mutirao.compress.compression import refuse_quantized
 from mutirao.compress.config import SUPPORTED_BITS, TextConfig
 from mutirao.compress.steps import check_finite
 from mutirao.compress.windows import Windows, read_windows
-from mutirao.console import step_progress, track
+from mutirao.console import format_bytes, step_progress, track
 from mutirao.environment import cache_directory
 from mutirao.errors import DataError, ShapeError
 from mutirao.formats.huggingface import load_causal_lm
@@ -65,7 +65,12 @@ class Advice:
 
     def remarks(self) -> list[str]:
         """Return what else there is to say, one sentence or two each."""
-        return [*self._about_layers(), *_about(self.prospects), *self.prospects.notes]
+        return [
+            *self._about_speed(),
+            *self._about_layers(),
+            *_about(self.prospects),
+            *self.prospects.notes,
+        ]
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values; sizes in bytes, losses in nats per token."""
@@ -98,6 +103,18 @@ class Advice:
             "mix": self._mix(),
             "prospects": _plain(asdict(self.prospects)),
         }
+
+    def _about_speed(self) -> list[str]:
+        speed, memory = self.chosen.speed, self.budget.memory_bytes
+        if speed is None:
+            return []
+        rate = (
+            "" if speed.tokens_per_s is None else f", {speed.tokens_per_s:.1f} tokens/s predicted"
+        )
+        where = f"Run as {speed.quantization} (mutirao export)"
+        if memory is not None and speed.resident_bytes > memory:
+            return [f"{where}, it is larger than the memory: weights stream from flash{rate}."]
+        return [f"{where}, it takes {format_bytes(speed.resident_bytes)} of memory{rate}."]
 
     def _about_layers(self) -> list[str]:
         if not self.parts:
