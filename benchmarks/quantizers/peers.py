@@ -7,7 +7,7 @@ a plain Hugging Face directory with the quantized weights computed back, which o
 measure for all, and ``figures.json``: true bits per weight of the linear layers with scales,
 zero points and blocks' outer scales, seconds of each step, and peak memory.
 
-    PYTHONPATH=benchmarks python -m compression.peers MODEL CALIBRATION.npy OUT --only gptq-4-g64
+    PYTHONPATH=benchmarks python -m quantizers.peers MODEL CALIBRATION.npy OUT --only gptq-4-g64
 
 A model read from a 4-bit GGUF is on a grid already: Q4_1 (blocks of 32) gives its own weights
 back at 5 bits, so 4-bit results from it flatter formats with groups of 32.
