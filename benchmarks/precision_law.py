@@ -111,29 +111,25 @@ def _foretold(fits: dict[str, FittedForm], asked: Query) -> dict[str, Any]:
 
 
 def _validate(fitted: list[Measurement]) -> dict[str, float]:
-    """Return each candidate's median error on the largest fitted runs, from the smaller ones."""
-    largest_tokens = max(FITTED_TOKENS)
-    largest = SIZES[FITTED_SIZES[-1]].num_parameters
-    outer = [
-        row
-        for row in fitted
-        if row.query.num_params == largest and row.query.num_tokens == largest_tokens
-    ]
-    inner = [row for row in fitted if row not in outer]
-    errors = {}
-    for form in CANDIDATES:
-        fitted_form = fit(form, inner)
-        found = []
-        for row in outer:
-            if row.degradation < 5 * row.standard_error:
-                continue
-            try:
+    """Return each candidate's median error on each size's longest runs, from all other rows."""
+    found: dict[str, list[float]] = {}
+    for size in FITTED_SIZES:
+        outer = [
+            row
+            for row in fitted
+            if row.query.num_params == SIZES[size].num_parameters
+            and row.query.num_tokens == max(FITTED_TOKENS)
+        ]
+        inner = [row for row in fitted if row not in outer]
+        for form in CANDIDATES:
+            fitted_form = fit(form, inner)
+            errors = found.setdefault(fitted_form.form.name, [])
+            for row in outer:
+                if row.degradation < 5 * row.standard_error:
+                    continue
                 predicted = fitted_form.predict(row.query, extrapolate_factor=EXTRAPOLATE_FACTOR)
-            except InputError:
-                continue
-            found.append(abs(predicted.mean / row.degradation - 1))
-        errors[fitted_form.form.name] = statistics.median(found)
-    return errors
+                errors.append(abs(predicted.mean / row.degradation - 1))
+    return {name: statistics.median(errors) for name, errors in found.items()}
 
 
 def _fit_all(fitted: list[Measurement]) -> dict[str, FittedForm]:

@@ -6,9 +6,9 @@ Fitted: sizes 64, 96 and 128, decayed checkpoints of 2 and 4 million bytes, all 
 million are left out: 100 of their 256 steps warm up, and rises grow otherwise from there.
 Held out: size 192 (2.2 times the largest N), 8 million bytes (twice the largest D), all seeds.
 
-The form that stands for this project is chosen on the fitted runs alone: each is fitted without
-size 128 at 4 million bytes, and the one with the least median error there is taken; priors of
-exponents are those of published fits.
+The form that stands for this project is chosen on the fitted runs alone: of each size the runs of 4
+million bytes are foretold from all other rows, and the form with the least median error over all of
+them is taken; priors of exponents are those of published fits.
 
 Metric: median of |predicted - measured| / measured over the held-out rows whose rise is five
 standard errors or more; share of them within their 95 % intervals; and of the budgets of bytes, the

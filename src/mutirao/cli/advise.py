@@ -126,6 +126,10 @@ def advise(
     found = find_advice(
         locate_model(model), text, config=config, budget=budget, outlook=outlook, out=out
     )
+    if out is not None:
+        from mutirao.report.advice import write_advice_report
+
+        write_advice_report(out)
     if json:
         typer.echo(json_module.dumps(found.to_json(), indent=2))
         return

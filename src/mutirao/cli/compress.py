@@ -25,11 +25,21 @@ def compress(
         int | None,
         typer.Option("--bits", help="For rtn, gptq and awq: 2, 3, 4 (the default) or 8."),
     ] = None,
+    bits_from: Annotated[
+        Path | None,
+        typer.Option(
+            "--bits-from",
+            help="For rtn, gptq and awq: bits layer by layer, by an advice of mutirao advise "
+            "(its folder or its advice.json).",
+            metavar="ADVICE",
+        ),
+    ] = None,
     group_size: Annotated[
         int | None,
         typer.Option(
             "--group-size",
-            help="For rtn, gptq and awq: weights that share a scale and a zero point; default 32.",
+            help="For rtn, gptq and awq: weights that share a scale and a zero point; default 32, "
+            "or as in --bits-from.",
         ),
     ] = None,
     sparsity: Annotated[
@@ -102,6 +112,8 @@ def compress(
         "sharing": _given({"every": share_every}),
         "distillation": _given({"layers": student_layers, "hidden": student_width}),
     }
+    if bits_from is not None:
+        given |= _mix(bits_from, bits, group_size)
     # Both kinds of training take these; where neither is asked for, distill says so.
     if "qat" in split_method(method):
         given["quantized_training"] = _given(training)
@@ -122,6 +134,28 @@ def compress(
         output.print_json(data={"path": str(out), **metrics})
     else:
         _print(out, metrics)
+
+
+def _mix(advice: Path, bits: int | None, group_size: int | None) -> dict[str, Any]:
+    """Return the fields of an advice's mix of bits.
+
+    Raises:
+        InputError: options contradict it, or it has none.
+    """
+    from mutirao.advise.written_mix import read_mix
+    from mutirao.errors import InputError
+
+    mix = read_mix(advice)
+    if bits is not None:
+        raise InputError(
+            f"--bits={bits} and --bits-from={advice} were given (expected one of both)"
+        )
+    if group_size not in (None, mix.group_size):
+        raise InputError(
+            f"--group-size={group_size} was given, and the mix of {advice} is for groups of "
+            f"{mix.group_size}; leave it out"
+        )
+    return {"bits": mix.uniform_bits, "layer_bits": mix.bits, "group_size": mix.group_size}
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any] | None:

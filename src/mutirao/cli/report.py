@@ -1,4 +1,4 @@
-"""``mutirao report``: a page for people, of a run, a federation or what left a site."""
+"""``mutirao report``: a page for people, of a run, a federation, a site, an advice, or models."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ from mutirao.cli.options import AsJson
 
 def report(
     run: Annotated[
-        Path,
-        typer.Argument(help="Folder of a run, of a coordinator, or of a site (--evidence)."),
+        list[Path],
+        typer.Argument(
+            help="Folder of a run, of a coordinator, of a site (--evidence), of an advice, or of "
+            "one or more compressed models."
+        ),
     ],
     json: AsJson = False,
     evidence: Annotated[
@@ -42,8 +45,39 @@ def report(
     language: Annotated[
         str, typer.Option("--language", help="Of the evidence sheet: en or pt-BR.")
     ] = "en",
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            help="Page of compressed models. Default: beside the first one's folder.",
+            metavar="FILE",
+        ),
+    ] = None,
 ) -> None:
-    """Write RUN/report.html, or RUN/evidence.html, and print the tables."""
+    """Write RUN/report.html, RUN/evidence.html, or MODEL.html, and print the tables."""
+    from mutirao.errors import InputError
+
+    if not evidence and _write_models(run, out, json):
+        return
+    if out is not None:
+        raise InputError("--out is for the page of compressed models; leave it out")
+    if len(run) > 1:
+        raise InputError(
+            f"{len(run)} folders were named; only compressed models are shown together: name one"
+        )
+    _write_one(run[0], policy, key, attacks, language, json, evidence=evidence)
+
+
+def _write_one(
+    run: Path,
+    policy: Path | None,
+    key: str | None,
+    attacks: Path | None,
+    language: str,
+    json: bool,
+    *,
+    evidence: bool,
+) -> None:
     if evidence:
         _write_evidence(run, policy, key, attacks, language, json)
         return
@@ -51,6 +85,11 @@ def report(
 
     if is_federation(run):
         _write_federation(run, json)
+        return
+    from mutirao.report.advice import is_advice
+
+    if is_advice(run):
+        _write_advice(run, json)
         return
     from mutirao.console import console, output
     from mutirao.report import print_summary, summarize, write_report
@@ -62,6 +101,38 @@ def report(
         return
     print_summary(summary, console)
     output.print(f"report: {path}", soft_wrap=True)
+
+
+def _write_models(folders: list[Path], out: Path | None, json: bool) -> bool:
+    """Write the page of compressed models; say whether the folders are models."""
+    from mutirao.report.advice import is_model, print_models, read_models, write_models_report
+    from mutirao.report.federation import is_federation
+
+    if not any(not is_federation(folder) and is_model(folder) for folder in folders):
+        return False
+    from mutirao.console import console, output
+
+    path = write_models_report(folders, out)
+    models = read_models(folders)
+    if json:
+        output.print_json(data=[each.to_json() for each in models])
+        return True
+    print_models(models, console)
+    output.print(f"report: {path}", soft_wrap=True, markup=False)
+    return True
+
+
+def _write_advice(folder: Path, json: bool) -> None:
+    from mutirao.console import console, output
+    from mutirao.report.advice import advice_json, print_advice, read_advice, write_advice_report
+
+    path = write_advice_report(folder)
+    advice = read_advice(folder)
+    if json:
+        output.print_json(data=advice_json(advice))
+        return
+    print_advice(advice, console)
+    output.print(f"report: {path}", soft_wrap=True, markup=False)
 
 
 def _write_federation(work: Path, json: bool) -> None:
