@@ -29,6 +29,9 @@ from mutirao.precision.lifetime import (
 )
 
 Z_95 = 1.96
+KNOWN_SIZES = (1e7, 2e9)
+"""Weights for which Kumar et al.'s loss is asked: fitted from 30M to 220M, checked to 1.7 billion;
+down to 10M is an assumption."""
 LEAST_RISE = 1e-5
 """Nats; a rise that is not clear of zero has no critical number of tokens below any bound."""
 
@@ -94,6 +97,13 @@ def look_ahead(chosen: Candidate, num_rounded: int, outlook: Outlook) -> Prospec
         "of it was measured on this model."
     ]
     tokens = outlook.training_tokens
+    if not KNOWN_SIZES[0] <= num_rounded <= KNOWN_SIZES[1]:
+        notes = [
+            f"With {num_rounded:,} weights in its blocks the model is too far from those of "
+            "published laws (30M to 220M, checked to 1.7 billion): nothing is said of other sizes "
+            "or of more training."
+        ]
+        return Prospects(None, (), None, None, tuple(notes))
     if tokens is None:
         notes.append(
             "How many tokens the model was trained on was not told (--training-tokens): nothing is "

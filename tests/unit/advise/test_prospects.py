@@ -82,3 +82,10 @@ def test_what_was_not_told_is_not_answered():
     undecayed = look_ahead(_chosen(0.02), int(N), Outlook(training_tokens=1e12, is_decayed=False))
     assert any("had not decayed" in note for note in undecayed.notes)
     assert 0 < undecayed.qat_share < 1
+
+
+def test_models_far_from_those_of_the_law_are_refused():
+    outlook = Outlook(training_tokens=1e12, num_requests=1e9)
+    found = look_ahead(_chosen(0.02), 50_000, outlook)
+    assert (found.more_training, found.other_sizes, found.bill) == (None, (), None)
+    assert "nothing is said of other sizes" in found.notes[0]
