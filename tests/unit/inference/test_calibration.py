@@ -22,7 +22,7 @@ from mutirao.inference.planning.placement import multiplied, only_looked_up, spl
 from mutirao.inference.reference import ReferenceBackend
 
 SPEC = dataclasses.replace(SPECS["llama"], num_layers=6)
-TOKENS = np.random.default_rng(2).integers(0, SPEC.vocab_size, 152).tolist()
+TOKENS = np.random.default_rng(2).integers(0, SPEC.vocab_size, 104).tolist()
 
 
 @pytest.fixture(scope="module")
