@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from mutirao.compress.compression import compress_model
 from mutirao.compress.config import CompressConfig
-from mutirao.formats.compressed_tensors import expand_state, pack_codes
+from mutirao.formats.compressed_tensors import expand_state, load_packed, pack_codes
 
 helpers = pytest.importorskip(
     "compressed_tensors.compressors.pack_quantized.helpers",
@@ -41,3 +41,28 @@ def test_transformers_opens_the_folder_and_reads_the_same_weights(
     theirs = model.state_dict()
     for name, weight in own.items():
         torch.testing.assert_close(weight, theirs[name], atol=0, rtol=2**-7)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_transformers_reads_each_layer_in_its_own_bits(tiny_model_directory, tmp_path):
+    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+    block = "model.layers.1"
+    layer_bits = {f"{block}.self_attn.{name}_proj": 8 for name in "qkvo"}
+    layer_bits |= {f"{block}.mlp.up_proj": 2, f"{block}.mlp.down_proj": 3}
+    compress_model(
+        tiny_model_directory, tmp_path / "small", CompressConfig(bits=4, layer_bits=layer_bits)
+    )
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "small",
+        dtype=torch.float32,
+        quantization_config=CompressedTensorsConfig(dequantize=True),
+    )
+    own, _ = load_packed(tmp_path / "small", dtype="float32")
+    weights = theirs.state_dict()
+    for name, weight in own.state_dict().items():
+        torch.testing.assert_close(weight, weights[name], atol=0, rtol=2**-7)
+    ids = torch.arange(5, 37)[None]
+    with torch.inference_mode():
+        expected, got = (model(input_ids=ids).logits for model in (theirs, own))
+    torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-2)

@@ -19,7 +19,7 @@ from mutirao.advise.prospects import Bill, Prospects, look_ahead
 from mutirao.advise.speeds import predict_speeds
 from mutirao.advise.ways import Shape, Way, relative_noise
 from mutirao.artifact import MANIFEST_NAME, open_artifact, write_artifact
-from mutirao.compress.compression import refuse_quantized
+from mutirao.compress.compression import refuse_quantized, warn_of_coarse_weights
 from mutirao.compress.config import SUPPORTED_BITS, TextConfig
 from mutirao.compress.steps import check_finite
 from mutirao.compress.windows import Windows, read_windows
@@ -202,6 +202,7 @@ def advise(
     encoder = CausalModel(model, tokenizer, name=path.name)
     windows = read_windows(text, encoder, config.text)
     bench = Bench(model, windows)
+    warn_of_coarse_weights(bench.layers)
     shape = Shape.of(model, bench.layers)
     group_sizes = _dividing(shape, config.group_sizes)
     first = Way("rtn", 4, group_sizes[0])

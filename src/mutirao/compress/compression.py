@@ -28,7 +28,7 @@ from mutirao.compress.config import CompressConfig, TextConfig
 from mutirao.compress.loss import measure_loss
 from mutirao.compress.rounding.nf4 import import_functional
 from mutirao.compress.shrinking.sharing import named_weights
-from mutirao.compress.steps import change_model, check_finite, round_model
+from mutirao.compress.steps import bits_by_layer, change_model, check_finite, round_model
 from mutirao.compress.windows import Windows, read_windows
 from mutirao.compress.writing import count_zeros, ideal_bytes, stored_tensors, write_companions
 from mutirao.environment import release_memory
@@ -55,7 +55,8 @@ def compress_model(
 ) -> dict[str, Any]:
     """Write a compressed copy of a model as an artifact of kind 'model'.
 
-    Its manifest's metrics say ``weight_bits`` (bits per code), ``bits_per_weight`` (all
+    Its manifest's metrics say ``weight_bits`` (bits per code, or their mean over the weights that
+    were rounded), ``bits_per_weight`` (all
     stored tensors over all weights), ``total_bytes``, ``original_bytes`` (the original's
     weights in bfloat16), ``num_weights``, ``compress_s``, ``peak_memory_bytes`` (of the whole
     process, until the result was written), ``ideal_bytes`` where a format for pruned, low-rank or
@@ -75,7 +76,7 @@ def compress_model(
 
     Raises:
         InputError: the model is quantized already, the method needs text or a package and has
-            none, or the model takes no windows so long.
+            none, the model takes no windows so long, or it lacks a layer whose bits are given.
         DataError: there is too little text, or weights are not finite.
         ArtifactError: ``path`` was altered since it was written.
         FormatError: ``path`` is no model, or of a kind that is not supported.
@@ -117,7 +118,8 @@ def _compress(
 ) -> tuple[Any, dict[str, Tensor], dict[str, int | float]]:
     """Run all steps; return the model, what is stored of it, and what that takes."""
     check_finite(model)
-    _warn_of_coarse_weights(linear_layers(model))
+    bits_by_layer(model, config)  # refuses names before anything is done
+    warn_of_coarse_weights(linear_layers(model))
     original_bytes = 2 * _count_weights(model)
     calibration_WT = None if windows is None else windows.calibration
     model = change_model(model, tokenizer, path, config, calibration_WT)
@@ -127,7 +129,7 @@ def _compress(
     num_weights = _count_weights(model)
     total_bytes = sum(tensor.nbytes for tensor in tensors.values())
     metrics: dict[str, int | float] = {
-        "weight_bits": config.bits,
+        "weight_bits": _mean_bits(model, config),
         "bits_per_weight": 8 * total_bytes / num_weights,
         "total_bytes": total_bytes,
         "original_bytes": original_bytes,
@@ -137,6 +139,15 @@ def _compress(
     if ideal != total_bytes:
         metrics["ideal_bytes"] = ideal
     return model, tensors, metrics
+
+
+def _mean_bits(model: Any, config: CompressConfig) -> int | float:
+    """Return the bits per code; their mean over the weights of the blocks where they differ."""
+    bits, layers = bits_by_layer(model, config), linear_layers(model)
+    if len(widths := set(bits.values())) == 1:
+        return widths.pop()
+    num_weights = sum(layer.weight.numel() for layer in layers.values())
+    return sum(bits[name] * each.weight.numel() for name, each in layers.items()) / num_weights
 
 
 def _count_weights(model: Any) -> int:
@@ -178,7 +189,7 @@ def refuse_quantized(path: Path) -> None:
         )
 
 
-def _warn_of_coarse_weights(layers: dict[str, nn.Linear]) -> None:
+def warn_of_coarse_weights(layers: dict[str, nn.Linear]) -> None:
     """Say so where weights were rounded to a few values before, and then expanded."""
     name, layer = next(iter(layers.items()))
     rows_OI = layer.weight.detach()[:64].float()

@@ -106,6 +106,9 @@ class CompressConfig(Config):
     group_size: int | None = Field(default=DEFAULT_GROUP_SIZE, ge=8, le=4096)
     """Weights along the input that share a scale and a zero point; must divide every layer's
     input size. Only for rtn, gptq and awq."""
+    layer_bits: dict[str, int] | None = None
+    """Bits per weight code of some linear layers of the blocks, by their full names; the others
+    have ``bits``. Only for rtn, gptq and awq, and not after qat."""
     prune: PruneConfig | None = None
     """How wanda and magnitude prune."""
     low_rank: LowRankConfig | None = None
@@ -131,6 +134,11 @@ class CompressConfig(Config):
             fixed = FIXED_BITS.get(rounder or "", 16)
             _refuse_other(document, "bits", fixed, method)
             _refuse_other(document, "group_size", None, method)
+            if document.get("layer_bits"):
+                raise RecipeError(
+                    f"compress.layer_bits is not for compress.method={method} (expected one of "
+                    f"{', '.join(GRID_ROUNDERS)} at the end); leave it out"
+                )
             if "qat" in steps:
                 raise RecipeError(
                     f"compress.method={method} trains for rounding that does not follow (expected "
@@ -152,12 +160,7 @@ class CompressConfig(Config):
     def _check(self) -> CompressConfig:
         self._check_student()
         if self.rounder in GRID_ROUNDERS:
-            if self.bits not in SUPPORTED_BITS:
-                accepted = ", ".join(map(str, SUPPORTED_BITS))
-                # Not a ValueError: pydantic would wrap it into a longer sentence.
-                raise RecipeError(
-                    f"compress.bits={self.bits} is not supported (expected one of {accepted})"
-                )
+            self._check_bits()
             if self.group_size is None:
                 raise RecipeError(
                     f"compress.group_size is missing; compress.method={self.method} rounds in "
@@ -171,6 +174,21 @@ class CompressConfig(Config):
                     "the rounding that follows)"
                 )
         return self
+
+    def _check_bits(self) -> None:
+        by_layer = {f"layer_bits.{name}": bits for name, bits in (self.layer_bits or {}).items()}
+        for name, bits in {"bits": self.bits, **by_layer}.items():
+            if bits not in SUPPORTED_BITS:
+                accepted = ", ".join(map(str, SUPPORTED_BITS))
+                # Not a ValueError: pydantic would wrap it into a longer sentence.
+                raise RecipeError(
+                    f"compress.{name}={bits} is not supported (expected one of {accepted})"
+                )
+        if self.layer_bits and self.quantized_training is not None:
+            raise RecipeError(
+                f"compress.method={self.method}: qat trains for the same bits in all layers "
+                "(expected no compress.layer_bits)"
+            )
 
     def _check_student(self) -> None:
         student = self.distillation

@@ -17,10 +17,10 @@ from mutirao.compress.blocks import linear_layers
 from mutirao.compress.config import CompressConfig, PruneConfig
 from mutirao.compress.rounding.by_blocks import round_by_blocks
 from mutirao.compress.rounding.fp8 import quantize_fp8
-from mutirao.compress.rounding.grid import QuantizedWeight, quantize_weight
+from mutirao.compress.rounding.grid import QuantizedWeight, name_bits, quantize_weight
 from mutirao.compress.rounding.nf4 import quantize_nf4
 from mutirao.console import track
-from mutirao.errors import DataError
+from mutirao.errors import DataError, InputError
 from mutirao.formats.compressed_tensors import pack_codes
 from mutirao.formats.huggingface import load_causal_lm
 from mutirao.models.arithmetic import fast_dtype
@@ -118,29 +118,59 @@ def round_model(model: Any, config: CompressConfig, ids_WT: Tensor | None) -> La
     Raises:
         DataError: a weight, or a layer's input, is not finite.
         FormatError: the model is of a kind that is not supported.
-        InputError: a package that the method needs is not installed.
+        InputError: a package that the method needs is not installed, or see ``bits_by_layer``.
         ShapeError: the group size does not divide a layer's inputs.
     """
     check_finite(model)
-    rounder, bits = config.rounder, config.bits
+    rounder = config.rounder
     if rounder is None:
         return {}
+    bits = bits_by_layer(model, config)
     if rounder in ("gptq", "awq", "awq,gptq"):
         assert ids_WT is not None
         codes = round_by_blocks(model, rounder, bits, config.group_size, ids_WT)
-        return {name: _pack(weight, bits) for name, weight in codes.items()}
+        return {name: _pack(weight, bits[name]) for name, weight in codes.items()}
     parts: LayerParts = {}
     layers = linear_layers(model)
-    for name, layer in track(layers.items(), f"compressing to {bits} bits", len(layers)):
+    label = f"compressing to {name_bits(bits.values())}"
+    for name, layer in track(layers.items(), label, len(layers)):
         weight_OI = layer.weight.detach()
         if rounder == "rtn":
-            parts[name] = _pack(quantize_weight(weight_OI, bits, config.group_size), bits)
+            codes_OI = quantize_weight(weight_OI, bits[name], config.group_size)
+            parts[name] = _pack(codes_OI, bits[name])
         elif rounder == "fp8":
             values, scale = quantize_fp8(weight_OI)
             parts[name] = {"weight": values, "weight_scale": scale}
         else:
             parts[name] = quantize_nf4(weight_OI)
     return parts
+
+
+def bits_by_layer(model: Any, config: CompressConfig) -> dict[str, int]:
+    """Return the bits per code of all linear layers of a decoder's blocks.
+
+    Raises:
+        FormatError: the model is of a kind that is not supported.
+        InputError: the configuration names a layer that the model does not have, or gives layers
+            that share their weights different bits.
+    """
+    layers, given = linear_layers(model), config.layer_bits or {}
+    if unknown := [name for name in given if name not in layers]:
+        more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+        raise InputError(
+            f"compress.layer_bits names {unknown[0][:100]}{more}, which is no linear layer of the "
+            f"model's blocks (expected names such as {next(iter(layers))})"
+        )
+    bits = {name: given.get(name, config.bits) for name in layers}
+    first: dict[int, str] = {}
+    for name, layer in layers.items():
+        other = first.setdefault(id(layer.weight), name)
+        if bits[other] != bits[name]:
+            raise InputError(
+                f"compress.layer_bits has {bits[other]} bits for {other} and {bits[name]} for "
+                f"{name}, which share their weights; give them the same"
+            )
+    return bits
 
 
 def check_finite(model: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,10 +12,12 @@ from torch import Tensor
 from mutirao.artifact import ArtifactWriter
 from mutirao.compress.blocks import linear_layers
 from mutirao.compress.config import GRID_ROUNDERS, CompressConfig
+from mutirao.compress.rounding.grid import name_bits
 from mutirao.compress.shrinking.sharing import named_weights
 from mutirao.compress.shrinking.sizes import SPARSE_SHARE, stored_parameters
-from mutirao.compress.steps import LayerParts
+from mutirao.compress.steps import LayerParts, bits_by_layer
 from mutirao.console import format_bytes
+from mutirao.formats.layer_bits import EVERY_LAYER
 
 SENTENCES = {
     "wanda": "Weights were pruned by Wanda.",
@@ -84,18 +88,27 @@ def write_companions(
 ) -> None:
     """Write all that a model directory has beside its weights; metrics must be there."""
     model.config.dtype = torch.bfloat16
-    quantization = quantization_config(config)
+    bits = bits_by_layer(model, config)
+    quantization = quantization_config(config, bits)
     if quantization is not None:
         model.config.quantization_config = quantization
     model.config.save_pretrained(str(writer.path))
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(str(writer.path))
     tokenizer.save_pretrained(str(writer.path))
-    (writer.path / "README.md").write_text(_model_card(writer, config), encoding="utf-8")
+    (writer.path / "README.md").write_text(_model_card(writer, config, bits), encoding="utf-8")
 
 
-def quantization_config(config: CompressConfig) -> dict[str, Any] | None:
-    """Return what ``config.json`` says of how weights are to be read; None for plain ones."""
+def quantization_config(config: CompressConfig, bits: Mapping[str, int]) -> dict[str, Any] | None:
+    """Return what ``config.json`` says of how weights are to be read.
+
+    Args:
+        config: see ``CompressConfig``.
+        bits: per code, of each linear layer of the blocks.
+
+    Returns:
+        None for plain weights.
+    """
     if config.rounder is None:
         return None
     if config.rounder == "nf4":
@@ -108,32 +121,41 @@ def quantization_config(config: CompressConfig) -> dict[str, Any] | None:
             "bnb_4bit_compute_dtype": "bfloat16",
             "bnb_4bit_quant_storage": "uint8",
         }
-    weights: dict[str, Any] = {"num_bits": 8, "type": "float", "symmetric": True}
-    weights |= {"strategy": "channel"}
+    weights: dict[str, Any] = {"type": "float", "symmetric": True, "strategy": "channel"}
     if config.rounder in GRID_ROUNDERS:
-        weights = {"num_bits": config.bits, "type": "int", "symmetric": False}
-        weights |= {"strategy": "group", "group_size": config.group_size}
+        weights = {"type": "int", "symmetric": False, "strategy": "group"}
+        weights |= {"group_size": config.group_size}
+    widths = sorted(set(bits.values()))
+    names = {width: [name for name in bits if bits[name] == width] for width in widths}
+    groups = [
+        {
+            "targets": [EVERY_LAYER] if len(widths) == 1 else names[width],
+            "weights": {"num_bits": width, **weights},
+        }
+        for width in widths
+    ]
     return {
         "quant_method": "compressed-tensors",
         "format": "float-quantized" if config.rounder == "fp8" else "pack-quantized",
         "quantization_status": "compressed",
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        "config_groups": {f"group_{index}": group for index, group in enumerate(groups)},
         "ignore": ["lm_head"],
     }
 
 
-def _model_card(writer: ArtifactWriter, config: CompressConfig) -> str:
+def _model_card(writer: ArtifactWriter, config: CompressConfig, bits: Mapping[str, int]) -> str:
     total_bytes = float(str(writer.metrics["total_bytes"]))
     original_bytes = float(str(writer.metrics["original_bytes"]))
+    widths = ", ".join(f"{width}-bit" for width in sorted(set(bits.values())))
     tags = {"nf4": "[bitsandbytes, 4-bit]", "fp8": "[compressed-tensors, fp8]"}.get(
-        config.rounder or "", f"[compressed-tensors, {config.bits}-bit]"
+        config.rounder or "", f"[compressed-tensors, {widths}]"
     )
-    title = "# Model compressed" + (f" to {config.bits} bits" if config.rounder else "")
+    title = "# Model compressed" + (f" to {name_bits(bits.values())}" if config.rounder else "")
     changes = " ".join(SENTENCES[step] for step in config.changers)
     body = [
         title,
         *([changes] if changes else []),
-        f"{_weights_sentence(config)} All weights take {format_bytes(total_bytes)} "
+        f"{_weights_sentence(writer, config, bits)} All weights take {format_bytes(total_bytes)} "
         f"({writer.metrics['bits_per_weight']:.2f} bits per weight), against "
         f"{format_bytes(original_bytes)} in bfloat16.",
         f"{_readers_sentence(config)} `manifest.json` says what it was made from.",
@@ -143,7 +165,9 @@ def _model_card(writer: ArtifactWriter, config: CompressConfig) -> str:
     return "\n".join(["---", *front, "---", ""]) + "\n" + "\n\n".join(body) + "\n"
 
 
-def _weights_sentence(config: CompressConfig) -> str:
+def _weights_sentence(
+    writer: ArtifactWriter, config: CompressConfig, bits: Mapping[str, int]
+) -> str:
     rest = "embeddings, head and norms are in bfloat16."
     if config.rounder is None:
         return "All weights are in bfloat16."
@@ -151,10 +175,17 @@ def _weights_sentence(config: CompressConfig) -> str:
         return f"The linear layers are in NF4 with double quantization; {rest}"
     if config.rounder == "fp8":
         return f"The linear layers are in FP8 (E4M3) with a 16-bit scale per output; {rest}"
+    counts = Counter(bits.values())
+    width = next(iter(counts))
+    codes, zero_point = f"{width} bits per code", f"a {width}-bit zero point"
+    if len(counts) > 1:
+        mix = ", ".join(f"{counts[width]} layers in {width} bits" for width in sorted(counts))
+        mean = float(str(writer.metrics["weight_bits"]))
+        codes = f"{mean:.2f} bits per code in the mean ({mix}: `config.json` names them)"
+        zero_point = "a zero point as wide as a code"
     return (
-        f"The linear layers are {ROUNDINGS[config.rounder]}, {config.bits} bits per code, in "
-        f"groups of {config.group_size} with a 16-bit scale and a {config.bits}-bit zero point; "
-        f"{rest}"
+        f"The linear layers are {ROUNDINGS[config.rounder]}, {codes}, in groups of "
+        f"{config.group_size} with a 16-bit scale and {zero_point}; {rest}"
     )
 
 

@@ -7,8 +7,9 @@ in FP8 (E4M3) and ``weight_scale``, one for each output. ``config.json`` says ho
 under ``quantization_config``. transformers opens such a folder where the package
 compressed-tensors (0.20 or newer; older ones lay out 3 bits otherwise) is installed; the
 reader here does without it. Weights are expanded when read: what is saved is disk and
-transfer, not memory. Only integer codes in groups are read, with or without zero points, and
-FP8 with a scale per output; and bitsandbytes' NF4, see ``nf4``.
+transfer, not memory. Only integer codes in groups are read, with or without zero points, each
+layer in its own number of bits (see ``layer_bits``), and FP8 with a scale per output; and
+bitsandbytes' NF4, see ``nf4``.
 
 Shapes: O outputs, I inputs, G groups of inputs, W words.
 """
@@ -29,6 +30,7 @@ from torch import Tensor
 
 from mutirao.errors import FormatError
 from mutirao.formats.huggingface import Dtype, without_progress_bars
+from mutirao.formats.layer_bits import LayerBits, read_layer_bits
 from mutirao.formats.nf4 import STATE_SUFFIX, expand_nf4, is_nf4
 
 
@@ -100,11 +102,15 @@ def expand_weight(
     """
     num_outputs, num_inputs = shape
     num_groups = scale_OG.shape[-1]
-    fits = packed_OW.shape[0] == scale_OG.shape[0] == num_outputs
+    num_words, zero_words = (math.ceil(each * num_bits / 32) for each in (num_inputs, num_outputs))
+    fits = packed_OW.shape == (num_outputs, num_words) and len(scale_OG) == num_outputs
+    fits &= zero_point is None or zero_point.shape == (zero_words, num_groups)
     if not fits or num_groups == 0 or num_inputs % num_groups:
+        zeros = "none" if zero_point is None else tuple(zero_point.shape)
         raise FormatError(
-            f"a packed weight of shape {shape} has codes {tuple(packed_OW.shape)} and scales "
-            f"{tuple(scale_OG.shape)}, which do not fit together; make the model again"
+            f"a packed weight of shape {shape} in {num_bits} bits has codes "
+            f"{tuple(packed_OW.shape)}, scales {tuple(scale_OG.shape)} and zero points {zeros}, "
+            "which do not fit together; make the model again"
         )
     codes_OI = unpack_codes(packed_OW, num_bits, num_inputs)
     if zero_point is None:
@@ -168,7 +174,12 @@ def load_packed(path: Path, dtype: Dtype = "bfloat16") -> tuple[Any, Any]:
         raise FormatError(
             f"compressed model {path} cannot be read: {error}; make it again"
         ) from None
-    state = expand_state(tensors, _num_bits(config.quantization_config, path), dtype)
+    try:
+        state = expand_state(tensors, _layer_bits(config.quantization_config, path), dtype)
+    except FormatError as error:
+        raise FormatError(
+            str(error) if str(path) in str(error) else f"compressed model {path}: {error}"
+        ) from None
     del config.quantization_config
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     with without_progress_bars():
@@ -178,18 +189,22 @@ def load_packed(path: Path, dtype: Dtype = "bfloat16") -> tuple[Any, Any]:
     return model.eval(), tokenizer
 
 
-def expand_state(tensors: dict[str, Tensor], num_bits: int, dtype: str) -> dict[str, Tensor]:
+def expand_state(
+    tensors: dict[str, Tensor], num_bits: int | LayerBits, dtype: str
+) -> dict[str, Tensor]:
     """Turn the tensors of a compressed file into those of a plain one.
 
     Args:
         tensors: all of the file's, by name.
-        num_bits: bits per packed integer code; floating-point and NF4 codes say theirs.
+        num_bits: bits per packed integer code, of all layers or of each; floating-point and NF4
+            codes say theirs.
         dtype: of the weights to return.
 
     Raises:
         FormatError: a part of a compressed layer is missing or does not fit.
     """
     state: dict[str, Tensor] = {}
+    bits = LayerBits(num_bits) if isinstance(num_bits, int) else num_bits
     in_nf4 = {name.removesuffix(STATE_SUFFIX) for name in tensors if name.endswith(STATE_SUFFIX)}
     for name, tensor in tensors.items():
         layer, _, part = name.rpartition(".")
@@ -199,13 +214,12 @@ def expand_state(tensors: dict[str, Tensor], num_bits: int, dtype: str) -> dict[
                 scale_OG = tensors[f"{layer}.weight_scale"]
             except KeyError as error:
                 raise FormatError(f"compressed layer {layer} has no {error}") from None
-            weight = expand_weight(
-                tensor,
-                scale_OG,
-                tensors.get(f"{layer}.weight_zero_point"),
-                (int(shape[0]), int(shape[1])),
-                num_bits,
-            )
+            width, zero_point = bits.of(layer), tensors.get(f"{layer}.weight_zero_point")
+            rows_columns = (int(shape[0]), int(shape[1]))
+            try:
+                weight = expand_weight(tensor, scale_OG, zero_point, rows_columns, width)
+            except FormatError as error:
+                raise FormatError(f"compressed layer {layer}: {error}") from None
             state[f"{layer}.weight"] = weight.to(getattr(torch, dtype))
         elif tensor.dtype == torch.float8_e4m3fn:
             scale = tensors.get(f"{name}_scale")
@@ -226,22 +240,31 @@ def _is_part(name: str, part: str, in_nf4: set[str]) -> bool:
     return f"{name.partition('.weight.')[0]}.weight" in in_nf4
 
 
-def _num_bits(quantization: Any, path: Path) -> int:
-    """Return the bits per code that ``quantization_config`` declares."""
+def _layer_bits(quantization: Any, path: Path) -> LayerBits:
+    """Return the bits per code that ``quantization_config`` declares.
+
+    Raises:
+        FormatError: weights are compressed in a way that is not read here.
+    """
     document = quantization if isinstance(quantization, dict) else quantization.to_dict()
     if is_nf4(document):
-        return 4
+        return LayerBits(4)
+    if _is_fp8(document):
+        return LayerBits(8)
+    bits = read_layer_bits(document)
+    if bits is None:
+        raise FormatError(
+            f"compressed model {path} is of a kind that is not read here (expected format "
+            "'pack-quantized' with integer weights in groups, or 'float-quantized' with one set "
+            "of 8 bits and a scale per channel, or bitsandbytes' NF4)"
+        )
+    return bits
+
+
+def _is_fp8(document: dict[str, Any]) -> bool:
     groups = list((document.get("config_groups") or {}).values())
     weights = groups[0].get("weights") if len(groups) == 1 else None
-    if isinstance(weights, dict):
-        kind = (document.get("format"), weights.get("type"), weights.get("strategy"))
-        num_bits: Any = weights.get("num_bits")
-        if kind == ("pack-quantized", "int", "group") and num_bits in range(1, 9):
-            return int(num_bits)
-        if kind == ("float-quantized", "float", "channel") and num_bits == 8:
-            return 8
-    raise FormatError(
-        f"compressed model {path} is of a kind that is not read here (expected format "
-        "'pack-quantized' with one set of integer weights in groups, or 'float-quantized' with one "
-        "of 8 bits and a scale per channel, or bitsandbytes' NF4)"
-    )
+    if document.get("format") != "float-quantized" or not isinstance(weights, dict):
+        return False
+    kind = (weights.get("type"), weights.get("strategy"), weights.get("num_bits"))
+    return kind == ("float", "channel", 8)

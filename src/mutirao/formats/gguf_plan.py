@@ -46,6 +46,7 @@ from mutirao.formats.gguf_description import (
 )
 from mutirao.formats.gguf_vocabulary import vocabulary_metadata
 from mutirao.formats.huggingface import check_model_directory, model_license
+from mutirao.formats.layer_bits import LayerBits
 from mutirao.formats.packed_rows import PARTS, PackedLayer, find_layer, packed_bits
 from mutirao.formats.safetensors_reader import SafeTensor, read_model_tensors
 
@@ -123,11 +124,11 @@ def plan_gguf(folder: Path, weight_type: WeightType = "auto") -> GGUFPlan:
     check_model_directory(folder)
     config = _read_config(folder)
     description = describe(config)
-    num_bits = packed_bits(json.loads((folder / "config.json").read_bytes()))
-    sources = _sources(folder, config, description, num_bits)
+    bits = packed_bits(json.loads((folder / "config.json").read_bytes()))
+    sources = _sources(folder, config, description, bits)
     tensors, notes = [], []
-    for name, source in sources.items():
-        tensor, note = _plan_tensor(description, name, source, weight_type)
+    for name in sources:
+        tensor, note = _plan_tensor(description, name, sources, weight_type)
         tensors.append(tensor)
         notes += [note] if note else []
     if window := description.metadata.get(f"{description.architecture}.attention.sliding_window"):
@@ -198,7 +199,7 @@ def _read_rows(tensor: SafeTensor, begin: int, end: int) -> NDArray[np.uint8]:
 
 
 def _sources(
-    folder: Path, config: Any, description: GGUFDescription, num_bits: int | None
+    folder: Path, config: Any, description: GGUFDescription, bits: LayerBits | None
 ) -> dict[str, _Source]:
     """Return the sources of all tensors by GGUF name, in the file's order.
 
@@ -209,7 +210,7 @@ def _sources(
     packed = {
         name.rpartition(".")[0]
         for name in stored
-        if num_bits is not None and name.endswith(f".{PARTS[0]}")
+        if bits is not None and name.endswith(f".{PARTS[0]}")
     }
     parts = {f"{layer}.{part}" for layer in packed for part in PARTS}
     whole = [*(name for name in stored if name not in parts), *(f"{n}.weight" for n in packed)]
@@ -234,9 +235,9 @@ def _sources(
                 "or make the model again"
             )
         layer = places[name].removesuffix(".weight")
-        if layer in packed and len(shape) == 2:
+        if bits is not None and layer in packed and len(shape) == 2:
             found[name] = _Source(
-                packed=find_layer(stored, layer, (shape[0], shape[1]), num_bits or 0)
+                packed=find_layer(stored, layer, (shape[0], shape[1]), bits.of(layer))
             )
             continue
         tensor = stored[places[name]]
@@ -250,16 +251,17 @@ def _sources(
 
 
 def _plan_tensor(
-    description: GGUFDescription, name: str, source: _Source, weight_type: WeightType
+    description: GGUFDescription, name: str, sources: dict[str, _Source], weight_type: WeightType
 ) -> tuple[PlannedTensor, str | None]:
     """Choose a tensor's type and how it is read; with a sentence if it is not what was asked."""
+    source = sources[name]
     order = None if name == ROPE_TABLE else description.new_order(name)
     shape = description.shapes.get(name) or (description.bias_sizes[name],)
     if len(shape) == 1:
         return PlannedTensor(
             name, "F32", shape, Change.KEPT, lambda: _ordered(source.floats(), order)
         ), None
-    wanted = _wanted_type(name, source, weight_type)
+    wanted = _wanted_type(name, sources, weight_type)
     if source.holds(wanted):
         return PlannedTensor(
             name, wanted, shape, Change.CODES, lambda: _codes(source, order).blocks(wanted)
@@ -287,27 +289,33 @@ def _plan_tensor(
     return PlannedTensor(name, wanted, shape, change, read), note
 
 
-def _wanted_type(name: str, source: _Source, weight_type: WeightType) -> str:
+def _wanted_type(name: str, sources: dict[str, _Source], weight_type: WeightType) -> str:
     if weight_type == "auto":
-        return _exact_type(name, source)
+        return _exact_type(name, sources)
     if weight_type in ("q4_0", "q4_1") and name in (EMBEDDING, HEAD):
         return "Q8_0"
     return weight_type.upper()
 
 
-def _exact_type(name: str, source: _Source) -> str:
+def _exact_type(name: str, sources: dict[str, _Source]) -> str:
     """Return the type that holds a matrix as it is.
 
     Raises:
         FormatError: it is compressed and there is none that is not much larger.
     """
+    source = sources[name]
     if source.packed is None:
         return source.own_type
     num_bits = source.packed.num_bits
     for type_name in {8: ("Q8_0",), 4: ("Q4_0", "Q4_1")}.get(num_bits, ()):
         if source.holds(type_name):
             return type_name
-    holding = [each.lower() for each in ("Q4_1", "Q8_0") if source.holds(each)]
+    packed = [each for each in sources.values() if each.packed is not None]
+    holding = [
+        type_name.lower()
+        for type_name in ("Q4_1", "Q8_0")
+        if all(each.holds(type_name) for each in packed)
+    ]
     hint = (
         f"--type {' or '.join(holding)}, whose blocks hold its codes in more bits"
         if holding

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mutirao.errors import FormatError
+from mutirao.formats.layer_bits import LayerBits, read_layer_bits
 from mutirao.formats.safetensors_reader import SafeTensor
 
 PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
@@ -76,40 +77,32 @@ def expand_codes(
     return (shifted_OGS * scale_OG[..., None]).reshape(codes_OI.shape)
 
 
-def packed_bits(config: dict[str, Any]) -> int | None:
+def packed_bits(config: dict[str, Any]) -> LayerBits | None:
     """Return the bits per code of a model whose config.json declares compressed weights.
 
     Args:
         config: the parsed config.json.
 
     Returns:
-        1 to 8, or None where weights are plain.
+        Those of each layer, or None where weights are plain.
 
     Raises:
-        FormatError: weights are compressed in a way that is not read here.
+        FormatError: weights are compressed in a way that is not read here, or groups of layers
+            contradict each other.
     """
     quantization = config.get("quantization_config")
     if quantization is None:
         return None
     declared = quantization if isinstance(quantization, dict) else {}
-    groups = declared.get("config_groups")
-    sets = list(groups.values()) if isinstance(groups, dict) else []
-    weights = sets[0].get("weights") if len(sets) == 1 and isinstance(sets[0], dict) else None
-    if (
-        declared.get("quant_method") != "compressed-tensors"
-        or declared.get("format") != "pack-quantized"
-        or not isinstance(weights, dict)
-        or weights.get("type") != "int"
-        or weights.get("strategy") != "group"
-        or type(weights.get("num_bits")) is not int
-        or not 1 <= weights["num_bits"] <= 8
-    ):
+    is_ours = declared.get("quant_method") == "compressed-tensors"
+    bits = read_layer_bits(declared) if is_ours else None
+    if bits is None:
         raise FormatError(
             "config.json declares weights quantized in a way that is not read here (expected "
-            "compressed-tensors, format 'pack-quantized', one set of integer weights in groups); "
-            "take the unquantized model, or a GGUF file of it"
+            "compressed-tensors, format 'pack-quantized', integer weights in groups); take the "
+            "unquantized model, or a GGUF file of it"
         )
-    return int(weights["num_bits"])
+    return bits
 
 
 def find_layer(

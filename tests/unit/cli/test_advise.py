@@ -18,7 +18,7 @@ def test_shares(text, value):
 
 @pytest.mark.parametrize("text", ["", "two", "-1%", "0", "nan", "1e9"])
 def test_what_is_no_share_is_told(text):
-    with pytest.raises(InputError, match="--loss-budget .* is not understood"):
+    with pytest.raises(InputError, match=r"--loss-budget .* is not understood"):
         _share(text, "--loss-budget")
 
 

@@ -24,7 +24,7 @@ References:
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -71,7 +71,7 @@ class Scaled(NamedTuple):
 def scale_block(
     block: nn.Module,
     grams: Mapping[str, Tensor],
-    bits: int,
+    bits: int | Mapping[str, int],
     group_size: int | None,
     pairs: tuple[Pair, ...],
 ) -> Scaled:
@@ -83,7 +83,7 @@ def scale_block(
     Args:
         block: of a decoder.
         grams: Gram matrix of each linear layer's inputs, as ``blocks.walk_blocks`` gives them.
-        bits: bits per code, 1 to 8.
+        bits: bits per code, 1 to 8, or those of each layer, by its name in the block.
         group_size: weights along the input that share a grid; None for a whole row.
         pairs: those that can be folded, see ``foldable_pairs``.
 
@@ -95,7 +95,10 @@ def scale_block(
     scaled = Scaled(weights, dict(grams))
     for pair in pairs:
         scale_I = best_scale(
-            [weights[name] for name in pair.sinks], grams[pair.sinks[0]], bits, group_size
+            [weights[name] for name in pair.sinks],
+            grams[pair.sinks[0]],
+            bits if isinstance(bits, int) else [bits[name] for name in pair.sinks],
+            group_size,
         )
         scale_I = _divide_source(block, pair.source, scale_I, weights)
         gram_II = grams[pair.sinks[0]] / (scale_I[:, None] * scale_I)
@@ -105,13 +108,15 @@ def scale_block(
     return scaled
 
 
-def best_scale(weights: list[Tensor], gram_II: Tensor, bits: int, group_size: int | None) -> Tensor:
+def best_scale(
+    weights: list[Tensor], gram_II: Tensor, bits: int | Sequence[int], group_size: int | None
+) -> Tensor:
     """Return the scales of an input's channels with the least output error.
 
     Args:
         weights: (O, I) floating point, each of a layer that has this input.
         gram_II: (I, I) mean of x x^T over calibration tokens.
-        bits: bits per code, 1 to 8.
+        bits: bits per code, 1 to 8, of all weights or of each.
         group_size: weights along the input that share a grid; None for a whole row.
 
     Returns:
@@ -123,14 +128,15 @@ def best_scale(weights: list[Tensor], gram_II: Tensor, bits: int, group_size: in
     gram_II = gram_II.float()
     loudness_I = gram_II.diagonal().clamp(min=0).sqrt()
     loudness_I = (loudness_I / loudness_I.max().clamp(min=1e-30)).clamp(min=QUIETEST)
+    widths = [bits] * len(weights) if isinstance(bits, int) else bits
     best_I, least = torch.ones_like(loudness_I), torch.inf
     for step in range(NUM_POWERS):
         scale_I = loudness_I ** (step / NUM_POWERS)
         scale_I = scale_I / (scale_I.max() * scale_I.min()).sqrt()
         error = 0.0
-        for weight_OI in weights:
+        for weight_OI, width in zip(weights, widths, strict=True):
             scaled_OI = weight_OI.float() * scale_I
-            rounded = round_to_grid(scaled_OI, full_grid(scaled_OI, bits, group_size), bits)
+            rounded = round_to_grid(scaled_OI, full_grid(scaled_OI, width, group_size), width)
             error += output_error((rounded.expand() - scaled_OI) / scale_I, gram_II)
         if error < least:
             best_I, least = scale_I, error

@@ -21,7 +21,12 @@ from torch import Tensor, nn
 from mutirao.compress.blocks import decoder_blocks, linear_layers, walk_blocks
 from mutirao.compress.rounding.awq import Pair, Scaled, foldable_pairs, scale_block
 from mutirao.compress.rounding.gptq import gptq_weight
-from mutirao.compress.rounding.grid import QuantizedWeight, best_grid, round_to_grid
+from mutirao.compress.rounding.grid import (
+    QuantizedWeight,
+    best_grid,
+    name_bits,
+    round_to_grid,
+)
 from mutirao.console import step_progress
 from mutirao.models.arithmetic import fast_dtype
 
@@ -29,14 +34,18 @@ logger = logging.getLogger(__name__)
 
 
 def round_by_blocks(
-    model: Any, method: str, bits: int, group_size: int | None, ids_WT: Tensor
+    model: Any,
+    method: str,
+    bits: int | Mapping[str, int],
+    group_size: int | None,
+    ids_WT: Tensor,
 ) -> dict[str, QuantizedWeight]:
     """Round all linear layers of the decoder's blocks, in place.
 
     Args:
         model: a transformers causal model.
         method: 'gptq', 'awq' or 'awq,gptq'; AWQ changes norms and biases too.
-        bits: bits per code, 1 to 8.
+        bits: bits per code, 1 to 8, or those of each layer.
         group_size: weights along the input that share a grid; None for a whole row.
         ids_WT: (W, T) token ids of calibration text.
 
@@ -50,7 +59,9 @@ def round_by_blocks(
     """
     quantized: dict[str, QuantizedWeight] = {}
     by_weight: dict[int, QuantizedWeight] = {}
-    uses = Counter(id(layer.weight) for layer in linear_layers(model).values())
+    layers = linear_layers(model)
+    by_layer = dict.fromkeys(layers, bits) if isinstance(bits, int) else bits
+    uses = Counter(id(layer.weight) for layer in layers.values())
     can_scale = "awq" in method and max(uses.values()) == 1
     if "awq" in method and not can_scale:
         logger.warning("awq scales no inputs: the model's blocks share weights")
@@ -58,16 +69,19 @@ def round_by_blocks(
     blocks = decoder_blocks(model)
     latest = _Latest(blocks)
     with step_progress() as progress, latest:
-        bar = progress.add_task(f"compressing to {bits} bits", total=len(blocks))
+        label = f"compressing to {name_bits(by_layer.values())}"
+        bar = progress.add_task(label, total=len(blocks))
 
         def visit(prefix: str, block: nn.Module, grams: Mapping[str, Tensor]) -> None:
             pairs = foldable_pairs(block, latest.run(block), told) if can_scale else ()
-            scaled = scale_block(block, grams, bits, group_size, pairs)
+            widths = {name: by_layer[f"{prefix}.{name}"] for name in grams}
+            scaled = scale_block(block, grams, widths, group_size, pairs)
             for name in grams:
                 layer: Any = block.get_submodule(name)
                 codes = by_weight.get(id(layer.weight))
                 if codes is None:
-                    codes = _round(scaled, name, bits, group_size, is_gptq="gptq" in method)
+                    width = widths[name]
+                    codes = _round(scaled, name, width, group_size, is_gptq="gptq" in method)
                     by_weight[id(layer.weight)] = codes
                     layer.weight.data.copy_(codes.expand())
                 quantized[f"{prefix}.{name}"] = codes

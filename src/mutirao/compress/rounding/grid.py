@@ -9,6 +9,7 @@ Shapes: O outputs, I inputs, G groups of inputs, S weights in a group.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -118,6 +119,12 @@ def round_to_grid(weight_OI: Tensor, grid: Grid, bits: int) -> QuantizedWeight:
     groups_OGS = weight_OI.float().reshape(*grid.scale.shape, -1)
     codes_OGS = _rounded(groups_OGS, grid, bits)
     return QuantizedWeight(codes_OGS.to(torch.uint8).reshape(weight_OI.shape), *grid)
+
+
+def name_bits(widths: Iterable[int]) -> str:
+    """Return what layers have, in words: '4 bits', or '2, 3 and 8 bits'."""
+    *others, last = map(str, sorted(set(widths)))
+    return f"{', '.join(others)} and {last} bits" if others else f"{last} bits"
 
 
 def _groups(weight_OI: Tensor, group_size: int | None) -> Tensor:

@@ -173,16 +173,18 @@ def _gguf_vector(path: Path, files: _Files, tensor: GGUFTensor) -> NDArray[np.fl
 
 def _open_directory(folder: Path, files: _Files) -> SourceModel:
     config = _read_config(folder)
-    spec, num_bits = spec_from_config(config), packed_bits(config)
+    spec, bits = spec_from_config(config), packed_bits(config)
     tensors = read_model_tensors(folder)
-    places = _places(spec, tensors, is_packed=num_bits is not None)
+    places = _places(spec, tensors, is_packed=bits is not None)
     matrices = {}
     for name, shape in matrix_shapes(spec).items():
         place = places[name]
         if place in tensors:
             matrices[name] = _plain_matrix(files, tensors[place], name, shape)
         else:
-            layer = find_layer(tensors, place.removesuffix(".weight"), shape, num_bits or 0)
+            assert bits is not None  # else places are those of plain tensors
+            prefix = place.removesuffix(".weight")
+            layer = find_layer(tensors, prefix, shape, bits.of(prefix))
             matrices[name] = _packed_matrix(files, layer, name)
     frequencies, lifted = rope_vectors(spec), norms_stored_minus_one(spec)
     vectors = dict(frequencies)

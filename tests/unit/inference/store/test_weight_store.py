@@ -559,17 +559,23 @@ def test_norms_of_gemma_are_stored_with_their_one(tiny_model_directory, tmp_path
     assert {"rope_freqs", "rope_freqs_local"} <= set(store.vectors)
 
 
-def test_a_compressed_directory_is_what_its_own_reader_reads(tiny_model_directory, tmp_path):
+@pytest.mark.parametrize("layer_bits", [{}, {"model.layers.1.mlp.up_proj": 8}])
+def test_a_compressed_directory_is_what_its_own_reader_reads(
+    tiny_model_directory, tmp_path, layer_bits
+):
     from safetensors.torch import load_file
 
     from mutirao.compress.compression import compress_model
     from mutirao.compress.config import CompressConfig
     from mutirao.formats.compressed_tensors import expand_state
+    from mutirao.formats.layer_bits import LayerBits
 
     folder = tmp_path / "compressed"
-    compress_model(tiny_model_directory, folder, CompressConfig(bits=3, group_size=32))
+    config = CompressConfig(bits=3, group_size=32, layer_bits=layer_bits)
+    compress_model(tiny_model_directory, folder, config)
     store = WeightStore.build(folder, tmp_path / "s", quiet)
-    state = expand_state(load_file(folder / "model.safetensors"), 3, "bfloat16")
+    bits = LayerBits(3, layer_bits)
+    state = expand_state(load_file(folder / "model.safetensors"), bits, "bfloat16")
     check_llama(store, state, "BF16")
 
 
