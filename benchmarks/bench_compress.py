@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mutirao.artifact import write_atomic
+from mutirao.artifact import sha256_of_file, write_atomic
 from mutirao.environment import child_environment
 
 ROOT = Path(__file__).parents[1]
@@ -46,27 +46,38 @@ def main() -> None:
     """Run what is missing, and print all."""
     options = _options()
     known: dict[str, Any] = {}
+    about = {
+        "model": options.model.name,
+        "config_sha256": sha256_of_file(options.model / "config.json"),
+        "weights_sha256": sha256_of_file(options.model / "model.safetensors"),
+        "text_bytes": sum(each.stat().st_size for each in _files(options.text)),
+        "processor": platform.processor() or platform.machine(),
+        "threads": options.threads,
+    }
     if options.out.is_file():
-        known = json.loads(options.out.read_text(encoding="utf-8"))["settings"]
+        before = json.loads(options.out.read_text(encoding="utf-8"))
+        known = before.pop("settings")
+        if before != about:
+            raise SystemExit(f"{options.out} is of another model, text or machine; move it away")
     chosen = options.only.split(",") if options.only else list(SETTINGS)
     for name in chosen:
         if name not in known:
             known[name] = _run(options, SETTINGS[name])
-            content = {
-                "model": options.model.name,
-                "processor": platform.processor() or platform.machine(),
-                "threads": options.threads,
-                "settings": known,
-            }
+            content = {**about, "settings": known}
             write_atomic(options.out, json.dumps(content, indent=1) + "\n")
     for name, found in known.items():
         smallest = found.get("ideal_bytes", found["total_bytes"])
         print(
-            f"{name:18} {smallest / 1e6:7.1f} MB {8 * smallest / found['num_weights']:6.2f} bits "
+            f"{name:18} {found['total_bytes'] / 1e6:7.1f} MB on disk, at best "
+            f"{smallest / 1e6:7.1f} MB {8 * smallest / found['num_weights']:6.2f} bits "
             f"rise {found['heldout.rise']:+.4f} ± {found['heldout.standard_error']:.4f} "
             f"KL {found['heldout.divergence']:.4f} {found['seconds']:.0f} s "
             f"{found['peak_memory_bytes'] / 1e9:.2f} GB"
         )
+
+
+def _files(text: Path) -> list[Path]:
+    return sorted(text.iterdir()) if text.is_dir() else [text]
 
 
 def _run(options: argparse.Namespace, arguments: list[str]) -> dict[str, Any]:

@@ -205,7 +205,7 @@ def _budgets(fit: FittedForm, rows: Sequence[Measurement]) -> dict[str, Any]:
     def measured(row: Measurement) -> float:
         return row.degradation
 
-    right, cases = 0, []
+    right, right_cells, cases = 0, 0, []
     for run in sorted({row.run for row in rows}):
         for tokens in HELD_OUT_TOKENS:
             for budget in BUDGETS:
@@ -220,8 +220,9 @@ def _budgets(fit: FittedForm, rows: Sequence[Measurement]) -> dict[str, Any]:
                     continue
                 best, said = _least(fitting, measured), _least(fitting, foretold)
                 right += best.query.bits == said.query.bits
+                right_cells += best.query.cell == said.query.cell
                 cases.append([run, tokens, budget, said.query.cell, best.query.cell])
-    return {"right": right, "cases": len(cases), "said_and_best": cases}
+    return {"right": right, "right_cells": right_cells, "cases": len(cases), "said_and_best": cases}
 
 
 def _least(rows: list[Measurement], key: Callable[[Measurement], float]) -> Measurement:

@@ -19,7 +19,7 @@ from mutirao.advise.prospects import Bill, Prospects, look_ahead
 from mutirao.advise.speeds import predict_speeds
 from mutirao.advise.ways import Shape, Way, relative_noise
 from mutirao.artifact import MANIFEST_NAME, open_artifact, write_artifact
-from mutirao.compress.compression import refuse_quantized, warn_of_coarse_weights
+from mutirao.compress.compression import coarse_weights, refuse_quantized
 from mutirao.compress.config import SUPPORTED_BITS, TextConfig
 from mutirao.compress.steps import check_finite
 from mutirao.compress.windows import Windows, read_windows
@@ -60,12 +60,16 @@ class Advice:
     mix: Mix | None
     """Bits layer by layer in the bytes of the chosen bits; None where it was not asked for."""
     prospects: Prospects
+    coarse: str | None
+    """What to know of weights that were rounded before; None where they were not."""
     other_measured: tuple[tuple[Measured, float], ...]
     """Ways that were measured for the law and are no candidates, with their noise."""
 
     def remarks(self) -> list[str]:
         """Return what else there is to say, one sentence or two each."""
+        coarse = [] if self.coarse is None else [f"{self.coarse[0].upper()}{self.coarse[1:]}."]
         return [
+            *coarse,
             *self._about_speed(),
             *self._about_layers(),
             *_about(self.prospects),
@@ -111,7 +115,7 @@ class Advice:
         rate = (
             "" if speed.tokens_per_s is None else f", {speed.tokens_per_s:.1f} tokens/s predicted"
         )
-        where = f"Run as {speed.quantization} (mutirao export)"
+        where = f"Run as {speed.quantization} (mutirao export --type {speed.quantization.lower()})"
         if memory is not None and speed.resident_bytes > memory:
             return [f"{where}, it is larger than the memory: weights stream from flash{rate}."]
         return [f"{where}, it takes {format_bytes(speed.resident_bytes)} of memory{rate}."]
@@ -202,7 +206,9 @@ def advise(
     encoder = CausalModel(model, tokenizer, name=path.name)
     windows = read_windows(text, encoder, config.text)
     bench = Bench(model, windows)
-    warn_of_coarse_weights(bench.layers)
+    coarse = coarse_weights(bench.layers)
+    if coarse is not None:
+        logger.warning(coarse)
     shape = Shape.of(model, bench.layers)
     group_sizes = _dividing(shape, config.group_sizes)
     first = Way("rtn", 4, group_sizes[0])
@@ -242,6 +248,7 @@ def advise(
         parts=parts,
         mix=mix,
         prospects=look_ahead(chosen, shape.num_rounded, outlook),
+        coarse=coarse,
         other_measured=tuple((each, noises[each.way]) for each in measured if each.way not in ways),
     )
     if out is not None:
@@ -350,8 +357,8 @@ def _about(prospects: Prospects) -> list[str]:
         size = "half as large" if other.size < 1 else "twice as large"
         verdict = "lose" if other.change > 0 else "gain"
         found.append(
-            f"A model {size} at {other.bits:g} bits would {verdict} {abs(other.change):.3f} nats "
-            "against this choice."
+            f"A model {size} at {other.bits:g} bits would {verdict} about {abs(other.change):.2f} "
+            "nats against this choice."
         )
     more = prospects.more_training
     if more is not None:
@@ -379,7 +386,7 @@ def _about(prospects: Prospects) -> list[str]:
 
 def _break_even(bill: Bill) -> str:
     if bill.smaller is None:
-        return "By Kumar's law no training takes a model half as large to the same loss."
+        return "No training is known to take a model half as large to the same loss."
     requests = bill.break_even_requests
     when = "never" if requests is None else f"from {requests:,.0f} requests on"
     return f"A model half as large, trained to the same loss by Kumar's law, costs less {when}."

@@ -25,10 +25,11 @@ class AdviseConfig(Config):
     better_bits: tuple[int, ...] = Field(default=(2, 3, 4), min_length=1)
     """Bits at which the other methods are measured, in the smallest groups."""
     sensitivity_windows: int = Field(default=4, ge=0)
-    """Held-out windows that the parts of the model are rounded for one by one; 0: they are not."""
+    """Windows, of those to look at, that the parts of the model are rounded for one by one; 0: they
+    are not."""
     half_width: float | None = Field(default=None, gt=0, lt=1)
-    """Half of the 95 % interval that is wanted for the rise at the least bits, as a share of the
-    loss; more windows are measured until it is reached. None: as the windows give it."""
+    """Half of the 95 % interval that is wanted for the rise at 4 bits, rounded to nearest, as a
+    share of the loss: a first measure says how many windows that takes. None: as they give it."""
     text: TextConfig = TextConfig()
     """Windows to look at and to measure on."""
 

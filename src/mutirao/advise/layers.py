@@ -1,10 +1,10 @@
 """Bits layer by layer: which parts of a model bear few, and what a mix of bits is worth.
 
 Each block's attention and each block's network is rounded alone, at a few bits, and the divergence
-of the model's predictions from its own is taken on some held-out windows: divergences are far less
-noisy than losses. To second order divergences add up and go with the noise, which gives every
-part's cost at every number of bits; bits then go where a byte saves most. What the mix is worth is
-measured, beside the same number of bits for all.
+of the model's predictions from its own is taken on some of the windows that methods may look at:
+divergences are far less noisy than losses. To second order divergences add up and go with the
+noise, which gives every part's cost at every number of bits; bits then go where a byte saves most.
+What the mix is worth is measured on held-out windows, beside the same number of bits for all.
 
 References:
     Dong et al. 2020, HAWQ-V2, arXiv:1911.03852: bits by sensitivity times squared error.
@@ -55,13 +55,14 @@ class Mix:
 
 def probe_parts(bench: Bench, group_size: int, num_windows: int) -> Iterator[Part]:
     """Yield all parts; the model is as it was after each."""
+    bench.keep_probed(max(num_windows, 2))
     by_part: dict[str, list[str]] = {}
     for name in bench.layers:
         by_part.setdefault(name.rpartition(".")[0], []).append(name)
     for part, names in by_part.items():
         try:
             bench.round_layers(dict.fromkeys(names, PROBED_BITS), group_size)
-            divergence = bench.score(num_windows).divergence
+            divergence = bench.probe()
         finally:
             bench.restore()
         yield Part(part, tuple(names), max(divergence, 0.0))

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mutirao.advise.ways import Way
 from mutirao.artifact import sha256_of_file
@@ -26,7 +27,11 @@ from mutirao.compress.loss import CompressionLoss, compare_losses, compare_state
 from mutirao.compress.rounding.by_blocks import round_by_blocks
 from mutirao.compress.rounding.grid import quantize_weight
 from mutirao.compress.windows import Windows
+from mutirao.models.arithmetic import fast_dtype
 from mutirao.models.head import split_model
+
+METHODS_VERSION = 1
+"""To be raised with every change of a way of rounding: older measures are then not used."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,7 @@ class Bench:
         self.layers = linear_layers(model)
         self._kept = {name: each.detach().clone() for name, each in model.named_parameters()}
         self._states_WTD = window_states(model, windows.heldout)
+        self._probed_WTD = self._states_WTD[:0]
 
     @torch.no_grad()
     def round(self, way: Way) -> None:
@@ -81,14 +87,26 @@ class Bench:
             parameter.copy_(self._kept[name])
 
     @torch.inference_mode()
-    def score(self, num_windows: int | None = None) -> CompressionLoss:
-        """Compare the model as it is now with what it was, on some windows or all."""
-        ids_WT = self.windows.heldout[:num_windows]
-        head = split_model(self.model)[1]
+    def score(self) -> CompressionLoss:
+        """Compare the model as it is now with what it was, on the held-out windows."""
+        return self._compare(self.windows.heldout, self._states_WTD)
+
+    @torch.inference_mode()
+    def keep_probed(self, num_windows: int) -> None:
+        """Remember what the model, as it is now, makes of some of the windows to look at."""
+        self._probed_WTD = window_states(self.model, self.windows.calibration[:num_windows])
+
+    @torch.inference_mode()
+    def probe(self) -> float:
+        """Return the divergence on the windows that were kept, in nats per token."""
+        ids_WT = self.windows.calibration[: len(self._probed_WTD)]
+        return self._compare(ids_WT, self._probed_WTD).divergence
+
+    def _compare(self, ids_WT: Tensor, states_WTD: Tensor) -> CompressionLoss:
         # The head is not rounded, and may be one with the embedding, which is not either.
-        before = head, self._states_WTD[:num_windows]
+        head = split_model(self.model)[1]
         after = head, window_states(self.model, ids_WT)
-        return compare_losses(*compare_states(before, after, ids_WT))
+        return compare_losses(*compare_states((head, states_WTD), after, ids_WT))
 
     def measure(self, way: Way) -> Measured:
         """Return what one way costs; the model is as it was afterwards, whatever happens."""
@@ -101,7 +119,7 @@ class Bench:
 
 def fingerprint(path: Path, windows: Windows) -> str:
     """Return a hash of a model's weights and of the windows; what was measured belongs to it."""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(f"{METHODS_VERSION} {fast_dtype()}".encode())
     for file in sorted([*path.glob("*.safetensors"), path / "config.json"]):
         digest.update(sha256_of_file(file).encode())
     for ids_WT in windows:

@@ -1,8 +1,8 @@
 """What lies beyond this checkpoint: more training, other sizes, training for few bits, the bill.
 
 None of it was measured on this model. The rise of this model is carried along by exponents from
-published fits, whose spread gives the intervals; the loss of models of other sizes and of longer
-training is Kumar et al.'s. Each answer says so.
+published fits, whose spread gives the interval of the critical number of tokens; the loss of models
+of other sizes and of longer training is Kumar et al.'s, without an interval. Each answer says so.
 
 References:
     Kumar et al. 2024, arXiv:2411.04330, and ``precision.law``.
@@ -32,8 +32,6 @@ Z_95 = 1.96
 KNOWN_SIZES = (1e7, 2e9)
 """Weights for which Kumar et al.'s loss is asked: fitted from 30M to 220M, checked to 1.7 billion;
 down to 10M is an assumption."""
-LEAST_RISE = 1e-5
-"""Nats; a rise that is not clear of zero has no critical number of tokens below any bound."""
 
 
 @dataclass(frozen=True)
@@ -92,9 +90,9 @@ def look_ahead(chosen: Candidate, num_rounded: int, outlook: Outlook) -> Prospec
         outlook: what is known of the model.
     """
     notes = [
-        "Losses of other sizes and of longer training are by Kumar et al. 2024 (models of 30M to "
-        "220M); exponents that carry the rise along are the mean of three published fits. Nothing "
-        "of it was measured on this model."
+        "Losses of other sizes and of longer training are by Kumar et al. 2024 (30M to 220M "
+        "weights, 1.5 to 26 billion tokens); exponents that carry the rise along are the mean of "
+        "three published fits. Nothing of it was measured on this model."
     ]
     tokens = outlook.training_tokens
     if not KNOWN_SIZES[0] <= num_rounded <= KNOWN_SIZES[1]:
@@ -103,20 +101,24 @@ def look_ahead(chosen: Candidate, num_rounded: int, outlook: Outlook) -> Prospec
             "published laws (30M to 220M, checked to 1.7 billion): nothing is said of other sizes "
             "or of more training."
         ]
-        return Prospects(None, (), None, None, tuple(notes))
+        return Prospects(None, (), None, _bill(chosen, num_rounded, outlook), tuple(notes))
     if tokens is None:
         notes.append(
             "How many tokens the model was trained on was not told (--training-tokens): nothing is "
             "said on more training, on training for few bits, or on the bill."
         )
-    elif not outlook.is_decayed:
+    elif chosen.rise.low <= 0:
+        notes.append(
+            "The rise is not clear of zero: nothing is said on whether more training would hurt."
+        )
+    if not outlook.is_decayed:
         notes.append(
             "The learning rate had not decayed: rounding tends to cost more after it has "
             "(arXiv:2510.06213); advise again on the final checkpoint."
         )
     tokens_per_byte = 0.0 if tokens is None else 8 * tokens / (num_rounded * chosen.way.bits)
     return Prospects(
-        None if tokens is None else _more_training(chosen.rise, num_rounded, tokens),
+        None if tokens is None or chosen.rise.low <= 0 else _more_training(chosen.rise, tokens),
         _other_sizes(chosen, num_rounded),
         APPLE_QAT.share(num_rounded, tokens, chosen.way.bits)
         if tokens is not None and tokens_per_byte > math.e
@@ -126,7 +128,7 @@ def look_ahead(chosen: Candidate, num_rounded: int, outlook: Outlook) -> Prospec
     )
 
 
-def _more_training(rise: Prediction, num_rounded: int, tokens: float) -> MoreTraining:
+def _more_training(rise: Prediction, tokens: float) -> MoreTraining:
     """Return D where the loss's fall by training equals the rise of what rounding costs.
 
     β B D^-β = γ δ₀ (D/D₀)^γ, δ₀ at D₀; so log D = (log(β B D₀^γ) - log(γ δ₀)) / (γ + β).
@@ -138,7 +140,7 @@ def _more_training(rise: Prediction, num_rounded: int, tokens: float) -> MoreTra
         over = math.log(base.beta * base.b) + gamma * math.log(tokens)
         return math.exp((over - math.log(gamma * nats)) / (gamma + base.beta))
 
-    rises = [max(each, LEAST_RISE) for each in (rise.mean, rise.low, rise.high)]
+    rises = (rise.mean, rise.low, rise.high)
     gammas = [max(prior.mean + sign * Z_95 * prior.sd, 0.02) for sign in (-1, 1)]
     corners = [critical(nats, gamma) for nats in rises for gamma in gammas]
     found = Prediction(critical(rises[0], prior.mean), min(corners), max(corners))
@@ -187,7 +189,9 @@ def _bill(chosen: Candidate, num_rounded: int, outlook: Outlook) -> Bill | None:
 
 
 def _tokens_to_match(num_rounded: float, tokens: float) -> float | None:
-    """Return the tokens that take a model half as large to the same loss."""
+    """Return the tokens that take a model half as large to the same loss; None for none."""
+    if not KNOWN_SIZES[0] <= num_rounded <= KNOWN_SIZES[1]:
+        return None
     base = KUMAR.base
     left = base.loss(num_rounded, tokens) - base.e - base.a * (num_rounded / 2) ** -base.alpha
     return (base.b / left) ** (1 / base.beta) if left > 0 else None

@@ -88,6 +88,7 @@ def advise(
     from mutirao.advise.advice import advise as find_advice
     from mutirao.advise.config import AdviseConfig, Budget, Outlook
     from mutirao.config import parse_recipe
+    from mutirao.errors import InputError
     from mutirao.inference.model_source import locate_model
     from mutirao.inference.sizes import parse_size
 
@@ -121,6 +122,8 @@ def advise(
         origin="outlook",
     )
     if price is not None:
+        if not price > 0:
+            raise InputError(f"--price {price:g} is not accepted (expected a number above 0)")
         priced = outlook.accelerator.model_copy(update={"price_per_hour": price})
         outlook = outlook.model_copy(update={"accelerator": priced})
     found = find_advice(
@@ -151,11 +154,12 @@ def _share(text: str | None, option: str) -> float | None:
 
     if text is None:
         return None
+    is_percent = text.strip().endswith("%")
     try:
-        value = float(text.rstrip("% ")) / (100 if text.strip().endswith("%") else 1)
+        value = float(text.rstrip("% ")) / (100 if is_percent else 1)
     except ValueError:
         value = 0.0
-    if not 0 < value < 100:
+    if not 0 < value < (100 if is_percent else 1):
         raise InputError(f"{option} {text!r} is not understood (expected for example 2% or 0.02)")
     return value
 

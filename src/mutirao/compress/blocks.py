@@ -78,8 +78,7 @@ def walk_blocks(model: Any, ids_WT: Tensor, visit: Visit, *, windows_per_pass: i
         FormatError: see ``decoder_blocks``.
     """
     blocks = decoder_blocks(model)
-    first = next(iter(blocks.values()))
-    passes = [_enter(model, first, ids) for ids in torch.split(ids_WT, windows_per_pass)]
+    passes = [_enter(model, blocks, ids) for ids in torch.split(ids_WT, windows_per_pass)]
     for name, block in blocks.items():
         visit(name, block, _observe(block, passes))
         for one in passes:
@@ -87,38 +86,42 @@ def walk_blocks(model: Any, ids_WT: Tensor, visit: Visit, *, windows_per_pass: i
 
 
 class _Pass:
-    """Windows on their way: the states between blocks, and what else a block is called with."""
+    """Windows on their way: the states between blocks, and what else each block is called with.
 
-    def __init__(self, states: Tensor, others: dict[str, Any]) -> None:
-        self.states = states
-        self.others = others
+    Blocks of different kinds (Gemma 3's, with a sliding window or without) are called with other
+    masks and positions.
+    """
+
+    def __init__(self) -> None:
+        self.states = torch.empty(0)
+        self.others: dict[int, dict[str, Any]] = {}
 
 
-class _EnteredError(Exception):
-    """Ends a forward pass at the first block."""
+def _enter(model: Any, blocks: Mapping[str, nn.Module], ids_WT: Tensor) -> _Pass:
+    one = _Pass()
 
-
-def _enter(model: Any, first: nn.Module, ids_WT: Tensor) -> _Pass:
-    caught: list[_Pass] = []
-
-    def catch(_: nn.Module, args: tuple[Any, ...], others: dict[str, Any]) -> None:
-        caught.append(_Pass(args[0] if args else others.pop("hidden_states"), others))
-        raise _EnteredError
+    def catch(block: nn.Module, args: tuple[Any, ...], others: dict[str, Any]) -> None:
+        others = dict(others)
+        states = args[0] if args else others.pop("hidden_states")
+        if not one.others:
+            one.states = states
+        one.others[id(block)] = others
 
     decoder, _ = split_model(model)
     device = next(decoder.parameters()).device
-    handle = first.register_forward_pre_hook(catch, with_kwargs=True)
+    handles = [
+        block.register_forward_pre_hook(catch, with_kwargs=True) for block in blocks.values()
+    ]
     try:
         decoder(input_ids=ids_WT.to(device), use_cache=False)
-    except _EnteredError:
-        pass
     finally:
-        handle.remove()
-    return caught[0]
+        for handle in handles:
+            handle.remove()
+    return one
 
 
 def _through(block: nn.Module, one: _Pass) -> Tensor:
-    result = block(one.states, **one.others)
+    result = block(one.states, **one.others[id(block)])
     states: Tensor = result[0] if isinstance(result, tuple) else result
     return states
 

@@ -16,6 +16,7 @@ import json
 import logging
 import resource
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,9 @@ def _compress(
     """Run all steps; return the model, what is stored of it, and what that takes."""
     check_finite(model)
     bits_by_layer(model, config)  # refuses names before anything is done
-    warn_of_coarse_weights(linear_layers(model))
+    coarse = coarse_weights(linear_layers(model))
+    if coarse is not None:
+        logger.warning(coarse)
     original_bytes = 2 * _count_weights(model)
     calibration_WT = None if windows is None else windows.calibration
     model = change_model(model, tokenizer, path, config, calibration_WT)
@@ -189,20 +192,23 @@ def refuse_quantized(path: Path) -> None:
         )
 
 
-def warn_of_coarse_weights(layers: dict[str, nn.Linear]) -> None:
-    """Say so where weights were rounded to a few values before, and then expanded."""
+def coarse_weights(layers: Mapping[str, nn.Linear]) -> str | None:
+    """Return what to know of weights that were rounded to a few values before, and then expanded.
+
+    Returns:
+        A sentence without its full stop; None where the first layer's weights are not of that kind.
+    """
     name, layer = next(iter(layers.items()))
     rows_OI = layer.weight.detach()[:64].float()
     groups_N32 = rows_OI[:, : rows_OI.shape[1] // 32 * 32].reshape(-1, 32).sort(dim=1).values
     levels_N = 1 + (groups_N32.diff(dim=1) != 0).sum(dim=1)
-    if len(levels_N) and float((levels_N <= COARSE_LEVELS).float().mean()) > 0.9:
-        logger.warning(
-            "weights of %s have at most %d values in every group of 32: the model was rounded "
-            "before. Losses are measured from that model, not from the one it was made from, and "
-            "4 bits on the same groups are no test",
-            name,
-            COARSE_LEVELS,
-        )
+    if not len(levels_N) or float((levels_N <= COARSE_LEVELS).float().mean()) <= 0.9:
+        return None
+    return (
+        f"weights of {name} have at most {COARSE_LEVELS} values in every group of 32: the model "
+        "was rounded before. Losses are measured from that model, not from what it was made from, "
+        "and 4 bits on the same groups are no test"
+    )
 
 
 def _measure_again(path: Path, compressed: Path, windows: Windows) -> dict[str, float]:

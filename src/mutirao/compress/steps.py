@@ -177,12 +177,12 @@ def check_finite(model: Any) -> None:
     """Refuse a model with weights that are no numbers.
 
     Raises:
-        DataError: a linear layer has some.
-        FormatError: the model is of a kind that is not supported.
+        DataError: there are some, in blocks or outside of them.
     """
-    for name, layer in linear_layers(model).items():
-        if not bool(torch.isfinite(layer.weight).all()):
-            raise DataError(f"weights of {name} are not finite; the model is damaged")
+    for name, weight in model.named_parameters():
+        if not bool(torch.isfinite(weight).all()):
+            layer = name.removesuffix(".weight")
+            raise DataError(f"weights of {layer} are not finite; the model is damaged")
 
 
 def _pack(weight: QuantizedWeight, bits: int) -> dict[str, Tensor]:

@@ -82,5 +82,5 @@ def read_windows(path: Path, encoder: Encoder, config: TextConfig) -> Windows:
 
 def _spread(tokens: Tensor, num_windows: int, width: int) -> Tensor:
     """Return windows that do not overlap, from all over the tokens."""
-    starts = torch.linspace(0, len(tokens) - width, num_windows).long()
+    starts = torch.linspace(0, len(tokens) - width, num_windows, dtype=torch.float64).long()
     return tokens[starts[:, None] + torch.arange(width)]

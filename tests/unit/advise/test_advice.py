@@ -18,9 +18,10 @@ from mutirao.artifact import open_artifact
 from mutirao.compress.compression import compress_model
 from mutirao.compress.config import CompressConfig, TextConfig
 from mutirao.compress.rounding.grid import quantize_weight
-from mutirao.compress.windows import Windows
+from mutirao.compress.windows import Windows, read_windows
 from mutirao.errors import DataError, InputError, ShapeError
 from mutirao.formats.huggingface import load_causal_lm
+from mutirao.models.causal import CausalModel
 
 TEXT = TextConfig(window_tokens=32, calibration_windows=16, heldout_windows=24)
 CONFIG = AdviseConfig(group_sizes=(16, 32), text=TEXT)
@@ -160,3 +161,43 @@ def test_bad_input_is_told_in_one_sentence(model, text, tmp_path):
     compress_model(model, tmp_path / "small", CompressConfig())
     with pytest.raises(InputError, match="compressed already"):
         advise(tmp_path / "small", text, config=CONFIG)
+
+
+def test_numbers_that_are_none_are_refused_wherever_they_are(model, text, tmp_path):
+    damaged, tokenizer = load_causal_lm(model)
+    with torch.no_grad():
+        damaged.model.norm.weight[3] = torch.nan
+    damaged.save_pretrained(str(tmp_path / "damaged"))
+    tokenizer.save_pretrained(str(tmp_path / "damaged"))
+    with pytest.raises(DataError, match=r"weights of model\.norm are not finite"):
+        advise(tmp_path / "damaged", text, config=CONFIG)
+    with pytest.raises(DataError, match=r"weights of model\.norm are not finite"):
+        compress_model(tmp_path / "damaged", tmp_path / "small", CompressConfig())
+    assert not (tmp_path / "small").exists()
+
+
+def test_weights_that_were_rounded_before_are_pointed_out(model, text, tmp_path):
+    rounded, tokenizer = load_causal_lm(model)
+    with torch.no_grad():
+        for name, layer in rounded.named_modules():
+            if _is_block(name, layer):
+                layer.weight.copy_(quantize_weight(layer.weight, 4, 32).expand())
+    rounded.save_pretrained(str(tmp_path / "rounded"))
+    tokenizer.save_pretrained(str(tmp_path / "rounded"))
+    found = advise(
+        tmp_path / "rounded", text, config=CONFIG.model_copy(update={"sensitivity_windows": 0})
+    )
+    assert "the model was rounded before" in found.remarks()[0]
+
+
+def test_an_interval_that_is_asked_for_takes_more_windows(model, text):
+    loaded, tokenizer = load_causal_lm(model, dtype="float32")
+    encoder = CausalModel(loaded, tokenizer, name="model")
+    bench = Bench(loaded, read_windows(text, encoder, TEXT))
+    way = Way("rtn", 4, 16)
+    loss = bench.measure(way).loss
+    half = 1.96 * loss.standard_error / loss.original
+    for share, expected in ((1.5, 24), (1 / 1.2, 35)):  # 24 windows times 1.2 squared
+        config = CONFIG.model_copy(update={"half_width": half * share})
+        windows = advice_module._enough(bench, way, model, text, encoder, config)
+        assert len(windows.heldout) == expected

@@ -87,5 +87,18 @@ def test_what_was_not_told_is_not_answered():
 def test_models_far_from_those_of_the_law_are_refused():
     outlook = Outlook(training_tokens=1e12, num_requests=1e9)
     found = look_ahead(_chosen(0.02), 50_000, outlook)
-    assert (found.more_training, found.other_sizes, found.bill) == (None, (), None)
+    assert (found.more_training, found.other_sizes) == (None, ())
+    assert found.bill.smaller is None
     assert "nothing is said of other sizes" in found.notes[0]
+
+
+def test_a_rise_that_is_not_clear_has_no_critical_tokens():
+    chosen = Candidate(Way("rtn", 8, 32), 1e-5, 10**8, 8.6, Prediction(-4e-4, -1.6e-3, 8e-4), None)
+    found = look_ahead(chosen, int(N), Outlook(training_tokens=1e12))
+    assert found.more_training is None
+    assert any("not clear of zero" in note for note in found.notes)
+
+
+def test_an_undecayed_rate_is_told_whatever_else_is_known():
+    found = look_ahead(_chosen(0.02), int(N), Outlook(is_decayed=False))
+    assert any("had not decayed" in note for note in found.notes)

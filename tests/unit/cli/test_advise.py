@@ -16,7 +16,7 @@ def test_shares(text, value):
     assert _share(text, "--loss-budget") == pytest.approx(value)
 
 
-@pytest.mark.parametrize("text", ["", "two", "-1%", "0", "nan", "1e9"])
+@pytest.mark.parametrize("text", ["", "two", "-1%", "0", "nan", "1e9", "2", "100"])
 def test_what_is_no_share_is_told(text):
     with pytest.raises(InputError, match=r"--loss-budget .* is not understood"):
         _share(text, "--loss-budget")
@@ -31,6 +31,7 @@ def test_methods_in_a_list():
     [
         (["--methods", "magic"], "advise: methods"),
         (["--memory", "much"], "size 'much' is not understood"),
+        (["--price", "-5"], "--price -5 is not accepted"),
         (["--requests", "-5"], "outlook: num_requests=-5.0 is not accepted"),
     ],
 )

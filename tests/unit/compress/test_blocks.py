@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GPT2Config, GPT2LMHeadModel
 
 from mutirao.compress.blocks import decoder_blocks, linear_layers, walk_blocks
 from mutirao.errors import FormatError
@@ -23,7 +23,27 @@ def test_layers_are_those_of_the_blocks(model):
     assert len(names) == 7 * len(decoder_blocks(model))
 
 
-def test_grams_are_those_of_a_plain_forward_pass(model):
+def _gemma():
+    """Blocks of two kinds, with masks and positions of their own."""
+    config = Gemma3TextConfig(
+        vocab_size=100,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        sliding_window=4,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        rope_local_base_freq=100.0,
+    )
+    torch.manual_seed(0)
+    return Gemma3ForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_grams_are_those_of_a_plain_forward_pass(kind, request):
+    model = _gemma() if kind == "gemma3" else request.getfixturevalue("model")
     seen = {}
 
     def visit(prefix, block, grams):

@@ -46,6 +46,7 @@ MIXES = {
     "Q4_K_M": Mix("Q4_K", raised="Q6_K", raises=_of_more_bits),
     "Q4_K_S": Mix("Q4_K", raised="Q5_K", raises=lambda layer, num: layer < num // 8),
     "Q4_0": Mix("Q4_0"),
+    "Q4_1": Mix("Q4_1", head="Q8_0"),  # as ``mutirao export`` writes it
 }
 """By the name that files bear; largest first."""
 
