@@ -27,6 +27,7 @@ from mutirao.compress.loss import CompressionLoss, compare_losses, compare_state
 from mutirao.compress.rounding.by_blocks import round_by_blocks
 from mutirao.compress.rounding.grid import quantize_weight
 from mutirao.compress.windows import Windows
+from mutirao.errors import explain_disk_errors
 from mutirao.models.arithmetic import fast_dtype
 from mutirao.models.head import split_model
 
@@ -134,13 +135,16 @@ def measure_ways(bench: Bench, ways: Iterable[Way], path: Path) -> Iterator[Meas
         bench: see ``Bench``.
         ways: in the order in which they are measured.
         path: file of what was measured, of the same model and windows.
+
+    Raises:
+        DiskFullError: no room to keep a measure; those before it are kept.
     """
     known = {each.way: each for each in read_measured(path)}
     path.parent.mkdir(parents=True, exist_ok=True)
     for way in ways:
         if way not in known:
             known[way] = bench.measure(way)
-            with path.open("a", encoding="utf-8") as file:
+            with explain_disk_errors(path), path.open("a", encoding="utf-8") as file:
                 line = asdict(way) | known[way].loss._asdict()
                 file.write("\n" + json.dumps(line))  # a line that a kill cut ends here
                 file.flush()

@@ -13,22 +13,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from mutirao.advise.choosing import Candidate
+from mutirao.advise.choosing import Z_95, Candidate
 from mutirao.advise.config import Outlook
 from mutirao.precision.fit import Prediction
 from mutirao.precision.forms import Prior, published_priors
 from mutirao.precision.law import APPLE_QAT, KUMAR
-from mutirao.precision.lifetime import (
-    Candidate as Served,
-)
-from mutirao.precision.lifetime import (
-    LifetimeCost,
-    Usage,
-    break_even_requests,
-    lifetime_cost,
-)
+from mutirao.precision.lifetime import Candidate as Served
+from mutirao.precision.lifetime import LifetimeCost, Usage, break_even_requests, lifetime_cost
 
-Z_95 = 1.96
 KNOWN_SIZES = (1e7, 2e9)
 """Weights for which Kumar et al.'s loss is asked: fitted from 30M to 220M, checked to 1.7 billion;
 down to 10M is an assumption."""

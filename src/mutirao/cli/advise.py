@@ -10,8 +10,8 @@ import typer
 from mutirao.cli.options import AsJson
 
 if TYPE_CHECKING:
-    from mutirao.advise.advice import Advice
     from mutirao.advise.choosing import Candidate
+    from mutirao.advise.findings import Advice
 
 
 def advise(
@@ -45,6 +45,9 @@ def advise(
     methods: Annotated[
         str, typer.Option("--methods", help="To choose from: rtn, gptq, awq.")
     ] = "rtn,gptq",
+    group_sizes: Annotated[
+        str, typer.Option("--group-sizes", help="To choose from: weights that share a scale.")
+    ] = "32,64,128",
     training_tokens: Annotated[
         float | None,
         typer.Option("--training-tokens", help="That it was trained on, such as 2e12."),
@@ -96,6 +99,7 @@ def advise(
         AdviseConfig,
         {
             "methods": _split(methods),
+            "group_sizes": group_sizes.split(","),
             "half_width": _share(interval, "--interval"),
             "text": {
                 "calibration_windows": calibration_windows,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 
 import pytest
 import torch
@@ -12,14 +14,14 @@ from mutirao.advise import advice as advice_module
 from mutirao.advise.advice import advise
 from mutirao.advise.choosing import Speed
 from mutirao.advise.config import AdviseConfig, Budget, Outlook
-from mutirao.advise.measuring import Bench, read_measured
+from mutirao.advise.measuring import Bench, measure_ways, read_measured
 from mutirao.advise.ways import Shape, Way, relative_noise
 from mutirao.artifact import open_artifact
 from mutirao.compress.compression import compress_model
 from mutirao.compress.config import CompressConfig, TextConfig
 from mutirao.compress.rounding.grid import quantize_weight
 from mutirao.compress.windows import Windows, read_windows
-from mutirao.errors import DataError, InputError, ShapeError
+from mutirao.errors import DataError, DiskFullError, InputError, ShapeError
 from mutirao.formats.huggingface import load_causal_lm
 from mutirao.models.causal import CausalModel
 
@@ -201,3 +203,42 @@ def test_an_interval_that_is_asked_for_takes_more_windows(model, text):
         config = CONFIG.model_copy(update={"half_width": half * share})
         windows = advice_module._enough(bench, way, model, text, encoder, config)
         assert len(windows.heldout) == expected
+
+
+def _bench(model):
+    loaded, _ = load_causal_lm(model, dtype="float32")
+    ids_WT = torch.randint(0, loaded.config.vocab_size, (6, 32))
+    return Bench(loaded, Windows(ids_WT[:3], ids_WT[3:]))
+
+
+def test_measures_go_on_after_a_kill(model, tmp_path, monkeypatch):
+    bench, path = _bench(model), tmp_path / "kept" / "measured.jsonl"
+    ways = [Way("rtn", bits, 16) for bits in (2, 3, 4)]
+    whole = list(measure_ways(bench, ways, tmp_path / "whole.jsonl"))
+    assert next(measure_ways(bench, ways, path)) == whole[0]  # killed after the first
+    with path.open("a") as file:
+        file.write('\n{"method": "rtn", "bi')  # and in the middle of the second
+    asked = []
+    measure = Bench.measure
+    monkeypatch.setattr(Bench, "measure", lambda self, way: asked.append(way) or measure(self, way))
+    assert list(measure_ways(bench, ways, path)) == whole
+    assert asked == ways[1:]
+    assert read_measured(path) == whole
+
+
+def test_a_full_disk_keeps_what_was_measured(model, tmp_path, monkeypatch):
+    bench, path = _bench(model), tmp_path / "measured.jsonl"
+    ways = [Way("rtn", bits, 16) for bits in (2, 3)]
+    found = measure_ways(bench, ways, path)
+    first = next(found)
+
+    def fail(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(DiskFullError, match="no room left"):
+        next(found)
+    assert read_measured(path)[0] == first
+    loaded, _ = load_causal_lm(model, dtype="float32")
+    after = dict(bench.model.named_parameters())
+    assert all(torch.equal(after[name], each) for name, each in loaded.named_parameters())
