@@ -60,7 +60,7 @@ def compress_model(
     were rounded), ``bits_per_weight`` (all
     stored tensors over all weights), ``total_bytes``, ``original_bytes`` (the original's
     weights in bfloat16), ``num_weights``, ``compress_s``, ``peak_memory_bytes`` (of the whole
-    process, until the result was written), ``ideal_bytes`` where a format for pruned, low-rank or
+    process so far, measuring included), ``ideal_bytes`` where a format for pruned, low-rank or
     shared weights would take less, and, with text, the fields of ``loss.CompressionLoss`` under
     ``heldout.``.
 
@@ -105,12 +105,12 @@ def compress_model(
         save_file(tensors, writer.path / "model.safetensors", metadata={"format": "pt"})
         writer.metrics.update(metrics)
         writer.metrics["compress_s"] = round(time.monotonic() - started, 2)
-        writer.metrics["peak_memory_bytes"] = _peak_memory_bytes()
         write_companions(writer, model, tokenizer, config)
         del tensors, model
         release_memory()
         if windows is not None:
             writer.metrics.update(_measure_again(path, writer.path, windows))
+        writer.metrics["peak_memory_bytes"] = _peak_memory_bytes()
     return dict(open_artifact(out, "model").metrics)
 
 

@@ -112,7 +112,8 @@ def _run_apart(road: Road, stage: Stage) -> None:
     """Run a stage in a new process and wait for it, or for Ctrl-C."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    arguments = (stage.name, road.recipe.model_dump_json(), str(road.run), sender)
+    recipe_json = road.recipe.model_dump_json()
+    arguments = (stage.name, recipe_json, str(road.run), sender, os.getpid())
     process = context.Process(target=_stage_main, args=arguments, name=f"mutirao-{stage.name}")
     process.start()
     sender.close()
@@ -143,9 +144,11 @@ def _stage_failure(stage: Stage, exit_code: int | None, receiver: Connection) ->
     return InputError(message) if code == InputError.exit_code else StageError(message)
 
 
-def _stage_main(name: str, recipe_json: str, run: str, sender: Connection) -> None:
+def _stage_main(name: str, recipe_json: str, run: str, sender: Connection, parent: int) -> None:
     """What a stage's own process does."""
-    end_with_parent(signal.SIGINT)  # as Ctrl-C does: partial folders and sites are tidied away
+    end_with_parent(
+        parent, signal.SIGINT
+    )  # as Ctrl-C does: partial folders and sites are tidied away
     silence()
     configure_logging()
     stage = next(each for each in STAGES if each.name == name)

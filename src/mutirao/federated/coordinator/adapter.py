@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from pydantic import JsonValue
 
 from mutirao.artifact import Manifest, open_artifact, read_manifest, write_artifact
+from mutirao.environment import silence
 from mutirao.errors import InputError, ShapeError, explain_disk_errors
 from mutirao.federated.aggregation.low_rank_rounds import LOW_RANK_RULES
 from mutirao.federated.coordinator.journal import CoordinatorJournal
@@ -112,7 +113,7 @@ def write_start_apart(
 ) -> Plan:
     """Do ``write_start`` in a process of its own, which gives the model's memory back."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
+    with ProcessPoolExecutor(max_workers=1, mp_context=context, initializer=silence) as pool:
         return pool.submit(write_start, model, work, federated, lora, train, seed).result()
 
 

@@ -15,6 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -44,7 +45,7 @@ class Child:
                 stderr=subprocess.STDOUT,
                 env=dict(self.environment),
                 start_new_session=True,
-                preexec_fn=end_with_parent,
+                preexec_fn=partial(end_with_parent, os.getpid()),
             )
 
     @property
@@ -66,11 +67,19 @@ class Child:
         stop([self], grace_s=0.0)
 
 
-def end_with_parent(number: signal.Signals = signal.SIGTERM) -> None:
-    """Ask the kernel to signal this process when its parent is killed (Linux only)."""
+def end_with_parent(parent: int, number: signal.Signals = signal.SIGTERM) -> None:
+    """Ask the kernel to signal this process when its parent is killed (Linux only).
+
+    Args:
+        parent: its id, for the kernel says nothing of one that was dead before it was asked: then
+            the signal comes at once.
+        number: which signal.
+    """
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, number)
+        if os.getppid() != parent:
+            os.kill(os.getpid(), number)
 
 
 def stop(children: Sequence[Child], *, grace_s: float = GRACE_S) -> None:
