@@ -11,7 +11,8 @@ from mutirao.cli.options import AsJson
 
 METHOD_HELP = (
     "Steps in order, separated by commas: any of wanda, magnitude, svd, share, distill, qat, then "
-    "at most one of rtn, gptq, awq, 'awq,gptq', nf4 and fp8. Most need --text."
+    "at most one of rtn, gptq, awq, 'awq,gptq', nf4 and fp8; after the first four, tune. Most need "
+    "--text."
 )
 
 
@@ -70,11 +71,15 @@ def compress(
     ] = None,
     training_steps: Annotated[
         int | None,
-        typer.Option("--training-steps", help="For distill (default 200) and qat (100)."),
+        typer.Option(
+            "--training-steps", help="For distill (default 200), qat (100) and tune (two passes)."
+        ),
     ] = None,
     learning_rate: Annotated[
         float | None,
-        typer.Option("--learning-rate", help="For distill (default 1e-4) and qat (2e-5)."),
+        typer.Option(
+            "--learning-rate", help="For distill (default 1e-4), qat (2e-5) and tune (1e-2)."
+        ),
     ] = None,
     text: Annotated[
         Path | None,
@@ -97,7 +102,12 @@ def compress(
 ) -> None:
     """Make a model smaller, open the result from disk, and measure it."""
     from mutirao.compress.compression import compress_model
-    from mutirao.compress.config import CompressConfig, TextConfig, split_method
+    from mutirao.compress.config import (
+        STEP_CONFIGS,
+        CompressConfig,
+        TextConfig,
+        split_method,
+    )
     from mutirao.config import parse_recipe
     from mutirao.console import output
     from mutirao.inference.model_source import locate_model
@@ -114,10 +124,11 @@ def compress(
     }
     if bits_from is not None:
         given |= _mix(bits_from, bits, group_size)
-    # Both kinds of training take these; where neither is asked for, distill says so.
-    if "qat" in split_method(method):
-        given["quantized_training"] = _given(training)
-    if "distill" in split_method(method) or "quantized_training" not in given:
+    # All kinds of training take these; where none is asked for, distill says so.
+    trained = [step for step in ("qat", "tune") if step in split_method(method)]
+    for step in trained:
+        given[STEP_CONFIGS[step]] = _given(training)
+    if "distill" in split_method(method) or not trained:
         given["distillation"] = _given({**(given["distillation"] or {}), **training})
     config = parse_recipe(CompressConfig, _given(given) or {}, origin="compress")
     text_config = parse_recipe(

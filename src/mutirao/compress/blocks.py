@@ -9,7 +9,8 @@ Shapes: W windows, T tokens, D channels, I inputs of a layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -62,6 +63,19 @@ def linear_layers(model: Any) -> dict[str, nn.Linear]:
         for name, module in block.named_modules()
         if isinstance(module, nn.Linear)
     }
+
+
+@contextmanager
+def replaced_layers(model: nn.Module, others: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Let other modules stand in for layers, by name; afterwards the model has its own back."""
+    own = {name: model.get_submodule(name) for name in others}
+    try:
+        for name, other in others.items():
+            model.set_submodule(name, other)
+        yield
+    finally:
+        for name, layer in own.items():
+            model.set_submodule(name, layer)
 
 
 @torch.no_grad()

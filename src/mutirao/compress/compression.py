@@ -127,7 +127,7 @@ def _compress(
     calibration_WT = None if windows is None else windows.calibration
     model = change_model(model, tokenizer, path, config, calibration_WT)
     zeros = count_zeros(model)
-    parts = round_model(model, config, calibration_WT)
+    parts = round_model(model, config, calibration_WT, path)
     tensors = stored_tensors(model, parts)
     num_weights = _count_weights(model)
     total_bytes = sum(tensor.nbytes for tensor in tensors.values())

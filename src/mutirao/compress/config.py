@@ -21,7 +21,9 @@ GRID_ROUNDERS = ("rtn", "gptq", "awq", "awq,gptq")
 FIXED_BITS = {"nf4": 4, "fp8": 8}
 """Last steps that leave no choice of bits."""
 ROUNDERS = (*GRID_ROUNDERS, *FIXED_BITS)
-NEED_TEXT = ("wanda", "svd", "distill", "qat", "gptq", "awq", "awq,gptq")
+TUNE = "tune"
+"""A step after a rounding on grids that leaves its codes and moves the grids."""
+NEED_TEXT = ("wanda", "svd", "distill", "qat", "gptq", "awq", "awq,gptq", TUNE)
 """Steps that look at text."""
 
 STEP_CONFIGS = {
@@ -31,6 +33,7 @@ STEP_CONFIGS = {
     "share": "sharing",
     "distill": "distillation",
     "qat": "quantized_training",
+    TUNE: "tuning",
 }
 """The field of ``CompressConfig`` that is about a step."""
 
@@ -92,14 +95,26 @@ class QatConfig(Config):
     """Highest learning rate, for AdamW."""
 
 
+class TuneConfig(Config):
+    """Scales that learn after codes are fixed."""
+
+    steps: int | None = Field(default=None, ge=1)
+    """Training steps; None for two passes over the windows."""
+    learning_rate: float = Field(default=1e-2, gt=0)
+    """Highest learning rate, for AdamW: about the share of itself by which a step moves a scale."""
+    windows_per_step: int = Field(default=4, ge=1)
+    """Windows of text in a training step."""
+
+
 class CompressConfig(Config):
     """What is done to a model, in order, and how."""
 
     method: str = "rtn"
     """Steps in order, separated by commas. Any number of 'wanda', 'magnitude', 'svd', 'share',
     'distill' and 'qat' change the model; at most one way of rounding ends it: 'rtn' (to the
-    nearest; no data), 'gptq', 'awq', 'awq,gptq', 'nf4' or 'fp8'. Without one, the result is a
-    plain model in bfloat16."""
+    nearest; no data), 'gptq', 'awq', 'awq,gptq', 'nf4' or 'fp8'. After the first four, 'tune' may
+    follow, which trains scales. Without rounding, the result is a plain model in
+    bfloat16."""
     bits: int = Field(default=DEFAULT_BITS, json_schema_extra={"enum": [*SUPPORTED_BITS, 16]})
     """Bits per weight code: 2, 3, 4 or 8; scales come on top. nf4 always has 4, fp8 8, and a model
     that is not rounded 16."""
@@ -119,6 +134,8 @@ class CompressConfig(Config):
     """How distill trains a student."""
     quantized_training: QatConfig | None = None
     """How qat trains; its bits and group size are those of the rounding."""
+    tuning: TuneConfig | None = None
+    """How tune trains."""
 
     @model_validator(mode="before")
     @classmethod
@@ -128,7 +145,7 @@ class CompressConfig(Config):
             return document
         steps = split_method(document.get("method", "rtn"))
         method = ",".join(steps)
-        rounder = steps[-1] if steps[-1] in ROUNDERS else None
+        rounder = _rounder(steps)
         document = {**document, "method": method}
         if rounder not in GRID_ROUNDERS:
             fixed = FIXED_BITS.get(rounder or "", 16)
@@ -212,8 +229,8 @@ class CompressConfig(Config):
 
     @property
     def rounder(self) -> str | None:
-        """Name of the last step if it rounds."""
-        return self.steps[-1] if self.steps[-1] in ROUNDERS else None
+        """Name of the step that rounds, the last before tune; None where none does."""
+        return _rounder(self.steps)
 
     @property
     def needs_text(self) -> tuple[str, ...]:
@@ -225,14 +242,21 @@ def split_method(method: str) -> tuple[str, ...]:
     """Return the steps of a method in order, AWQ followed by GPTQ as one.
 
     Raises:
-        RecipeError: a step is unknown, or a way of rounding is not at the end.
+        RecipeError: a step is unknown, or a way of rounding, or tune, is not at the end.
     """
     names = [name.strip() for name in method.split(",")]
+    last = [names.pop()] if names[-1] == TUNE else []
     if names[-2:] == ["awq", "gptq"]:
         names[-2:] = ["awq,gptq"]
+    if last and (not names or names[-1] not in GRID_ROUNDERS):
+        raise RecipeError(
+            f"compress.method={method}: {TUNE} moves the grids of a rounding (expected rtn, gptq, "
+            "awq or awq,gptq right before it)"
+        )
     for name in names:
         if name not in (*CHANGERS, *ROUNDERS):
-            accepted = ", ".join((*CHANGERS, *(each for each in ROUNDERS if "," not in each)))
+            known = (*CHANGERS, *(each for each in ROUNDERS if "," not in each), TUNE)
+            accepted = ", ".join(known)
             raise RecipeError(
                 f"compress.method={method}: {name!r} is no step (expected some of {accepted}, "
                 "separated by commas)"
@@ -240,11 +264,15 @@ def split_method(method: str) -> tuple[str, ...]:
     for name in names[:-1]:
         if name in ROUNDERS:
             raise RecipeError(
-                f"compress.method={method}: nothing can follow {name}, which rounds (expected one "
-                f"of {', '.join(each for each in ROUNDERS if ',' not in each)}, or awq,gptq, at "
-                "the end)"
+                f"compress.method={method}: only {TUNE} can follow {name}, which rounds (expected "
+                f"one of {', '.join(each for each in ROUNDERS if ',' not in each)}, or awq,gptq, "
+                "at the end)"
             )
-    return tuple(names)
+    return (*names, *last)
+
+
+def _rounder(steps: tuple[str, ...]) -> str | None:
+    return next((step for step in steps if step in ROUNDERS), None)
 
 
 def _fill_in(given: Any, name: str, steps: tuple[str, ...], document: dict[str, Any]) -> Any:

@@ -7,6 +7,7 @@ Shapes: W windows, T tokens, O outputs, I inputs.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mutirao.compress.blocks import linear_layers
-from mutirao.compress.config import CompressConfig, PruneConfig
+from mutirao.compress.config import GRID_ROUNDERS, CompressConfig, PruneConfig, TuneConfig
 from mutirao.compress.rounding.by_blocks import round_by_blocks
 from mutirao.compress.rounding.fp8 import quantize_fp8
 from mutirao.compress.rounding.grid import QuantizedWeight, name_bits, quantize_weight
@@ -103,14 +104,17 @@ def _distill(
     return distill(teacher, tokenizer, ids_WT, config.distillation, student=model)
 
 
-def round_model(model: Any, config: CompressConfig, ids_WT: Tensor | None) -> LayerParts:
-    """Round the linear layers of a decoder's blocks.
+def round_model(
+    model: Any, config: CompressConfig, ids_WT: Tensor | None, original: Path
+) -> LayerParts:
+    """Round the linear layers of a decoder's blocks, and tune the grids where that is asked for.
 
     Args:
         model: a transformers causal model; methods that look at text replace its weights by rounded
             ones, and AWQ changes norms and biases too.
         config: see ``CompressConfig``.
         ids_WT: (W, T) token ids of calibration text, for the methods that need some.
+        original: the model that tuning follows.
 
     Returns:
         What is stored of each layer; nothing where the method does not round.
@@ -126,24 +130,54 @@ def round_model(model: Any, config: CompressConfig, ids_WT: Tensor | None) -> La
     if rounder is None:
         return {}
     bits = bits_by_layer(model, config)
-    if rounder in ("gptq", "awq", "awq,gptq"):
+    if rounder in GRID_ROUNDERS:
+        codes = _codes(model, config, bits, ids_WT)
+        if config.tuning is not None:
+            assert ids_WT is not None
+            codes = _tune(model, codes, original, config.tuning, ids_WT)
+        return {name: _pack(codes.pop(name), bits[name]) for name in list(codes)}
+    quantize = _fp8_parts if rounder == "fp8" else quantize_nf4
+    return {name: quantize(weight_OI) for name, weight_OI in _weights(model, bits)}
+
+
+def _codes(
+    model: Any, config: CompressConfig, bits: dict[str, int], ids_WT: Tensor | None
+) -> dict[str, QuantizedWeight]:
+    """Return the codes of all layers and the grids they stand on."""
+    assert config.rounder is not None
+    if config.rounder != "rtn":
         assert ids_WT is not None
-        codes = round_by_blocks(model, rounder, bits, config.group_size, ids_WT)
-        return {name: _pack(weight, bits[name]) for name, weight in codes.items()}
-    parts: LayerParts = {}
+        return round_by_blocks(model, config.rounder, bits, config.group_size, ids_WT)
+    return {
+        name: quantize_weight(weight_OI, bits[name], config.group_size)
+        for name, weight_OI in _weights(model, bits)
+    }
+
+
+def _weights(model: Any, bits: dict[str, int]) -> Iterator[tuple[str, Tensor]]:
+    """Give each layer's name and (O, I) weight, with a progress bar."""
     layers = linear_layers(model)
     label = f"compressing to {name_bits(bits.values())}"
     for name, layer in track(layers.items(), label, len(layers)):
-        weight_OI = layer.weight.detach()
-        if rounder == "rtn":
-            codes_OI = quantize_weight(weight_OI, bits[name], config.group_size)
-            parts[name] = _pack(codes_OI, bits[name])
-        elif rounder == "fp8":
-            values, scale = quantize_fp8(weight_OI)
-            parts[name] = {"weight": values, "weight_scale": scale}
-        else:
-            parts[name] = quantize_nf4(weight_OI)
-    return parts
+        yield name, layer.weight.detach()
+
+
+def _fp8_parts(weight_OI: Tensor) -> dict[str, Tensor]:
+    values, scale = quantize_fp8(weight_OI)
+    return {"weight": values, "weight_scale": scale}
+
+
+def _tune(
+    model: Any,
+    codes: dict[str, QuantizedWeight],
+    original: Path,
+    config: TuneConfig,
+    ids_WT: Tensor,
+) -> dict[str, QuantizedWeight]:
+    from mutirao.compress.training.tuning import tune_grids
+
+    teacher, _ = load_causal_lm(original, dtype=fast_dtype())
+    return tune_grids(model, codes, teacher, ids_WT, config)
 
 
 def bits_by_layer(model: Any, config: CompressConfig) -> dict[str, int]:

@@ -175,6 +175,8 @@ def _weights_sentence(
         return f"The linear layers are in NF4 with double quantization; {rest}"
     if config.rounder == "fp8":
         return f"The linear layers are in FP8 (E4M3) with a 16-bit scale per output; {rest}"
+    tuned = " Scales were then trained to predict what its original predicts."
+    tuned = tuned if config.tuning is not None else ""
     counts = Counter(bits.values())
     width = next(iter(counts))
     codes, zero_point = f"{width} bits per code", f"a {width}-bit zero point"
@@ -185,7 +187,7 @@ def _weights_sentence(
         zero_point = "a zero point as wide as a code"
     return (
         f"The linear layers are {ROUNDINGS[config.rounder]}, {codes}, in groups of "
-        f"{config.group_size} with a 16-bit scale and {zero_point}; {rest}"
+        f"{config.group_size} with a 16-bit scale and {zero_point}; {rest}{tuned}"
     )
 
 

@@ -360,8 +360,12 @@ def test_training_for_the_grid_gets_its_bits(tiny_model_directory, tmp_path, mon
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"method": "rtn,wanda"}, "nothing can follow rtn"),
-        ({"method": "gptq,awq"}, "nothing can follow gptq"),
+        ({"method": "rtn,wanda"}, "only tune can follow rtn"),
+        ({"method": "gptq,awq"}, "only tune can follow gptq"),
+        ({"method": "tune"}, "tune moves the grids of a rounding"),
+        ({"method": "nf4,tune"}, r"expected rtn, gptq, awq or awq,gptq right before it"),
+        ({"method": "tune,gptq"}, "'tune' is no step"),
+        ({"method": "gptq", "tuning": {}}, "compress.tuning is for tune"),
         ({"method": "wander"}, "'wander' is no step"),
         ({"method": ""}, "'' is no step"),
         ({"method": "qat"}, "trains for rounding that does not follow"),
@@ -384,7 +388,9 @@ def test_steps_that_do_not_fit_are_refused(settings, message):
         CompressConfig(**settings)
 
 
-@pytest.mark.parametrize("method", ["nf4", "fp8", "svd", "awq, gptq", "share,qat,rtn", "rtn"])
+@pytest.mark.parametrize(
+    "method", ["nf4", "fp8", "svd", "awq, gptq", "share,qat,rtn", "rtn", "awq,gptq,tune"]
+)
 def test_a_recipe_of_every_kind_loads_again(tmp_path, method):
     class Recipe(Config):
         compress: tuple[CompressConfig, ...] = (CompressConfig(method=method),)
@@ -392,10 +398,14 @@ def test_a_recipe_of_every_kind_loads_again(tmp_path, method):
     path = tmp_path / "recipe.toml"
     path.write_text(recipe_template(Recipe()))
     assert load_recipe(Recipe, path) == Recipe()
-    assert Recipe().compress[0].steps[-1] == method.replace(" ", "").removeprefix("share,qat,")
+    assert Recipe().compress[0].rounder == {"svd": None, "share,qat,rtn": "rtn"}.get(
+        method, method.replace(" ", "").removesuffix(",tune")
+    )
 
 
-@pytest.mark.parametrize("method", ["awq", "wanda", "svd", "distill", "qat,rtn", "magnitude,gptq"])
+@pytest.mark.parametrize(
+    "method", ["awq", "wanda", "svd", "distill", "qat,rtn", "magnitude,gptq", "rtn,tune"]
+)
 def test_steps_that_look_at_text_ask_for_it(tiny_model_directory, tmp_path, method):
     with pytest.raises(InputError, match=r"looks at text and none was given; .*--text"):
         compress_model(tiny_model_directory, tmp_path / "small", CompressConfig(method=method))

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from learned_chain import learn, load, make_windows
 
 from mutirao.compress.blocks import linear_layers
 from mutirao.compress.loss import measure_loss
@@ -16,58 +16,16 @@ from mutirao.compress.training.fake_rounding import GridFakeQuantizer, rounded_l
 from mutirao.compress.training.quantized_training import train_quantized
 from mutirao.errors import DataError, InputError, ShapeError
 
-VOCABULARY = 40
-
 
 def make_config(**changes):
     values = {"bits": 2, "group_size": 48, "steps": 40, "learning_rate": 1e-3}
     return SimpleNamespace(**values | changes)
 
 
-def make_text(num_windows, length=32, seed=0):
-    """Windows in which each token names the next one, but for one in ten."""
-    follower = torch.randperm(VOCABULARY, generator=torch.Generator().manual_seed(99))
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(0, VOCABULARY, (num_windows, length), generator=generator)
-    is_free = torch.rand(num_windows, length, generator=generator) < 0.1
-    for t in range(1, length):
-        ids[:, t] = torch.where(is_free[:, t], ids[:, t], follower[ids[:, t - 1]])
-    return ids
-
-
-def make_model(seed=0):
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        config = LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=48,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=64,
-            initializer_range=0.2,
-        )
-        return LlamaForCausalLM(config).eval()
-
-
 @pytest.fixture(scope="module")
 def trained():
     """The weights of a model that has learned what can be learned of the text."""
-    model, ids = make_model(), make_text(2048)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(120):
-        batch = ids[torch.randint(0, len(ids), (16,), generator=generator)]
-        model(batch, labels=batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def load(weights):
-    model = make_model()
-    model.load_state_dict(weights)
-    return model
+    return learn()
 
 
 @torch.no_grad()
@@ -79,9 +37,9 @@ def rounded(model, bits, group_size):
 
 @pytest.mark.parametrize(("bits", "factor"), [(2, 0.5), (3, 0.6)])
 def test_rounding_costs_less_after_training_for_it(trained, bits, factor):
-    original, heldout = load(trained), make_text(64, seed=1)
+    original, heldout = load(trained), make_windows(64, seed=1)
     learned = load(trained)
-    train_quantized(learned, make_text(128, seed=2), make_config(bits=bits))
+    train_quantized(learned, make_windows(128, seed=2), make_config(bits=bits))
     plain = measure_loss(original, rounded(load(trained), bits, 48), heldout)
     better = measure_loss(original, rounded(learned, bits, 48), heldout)
     assert plain.rise > 3 * plain.standard_error
@@ -94,7 +52,7 @@ def test_the_model_is_plain_again(trained, dtype):
     model = load(trained).to(dtype)
     layers = linear_layers(model)
     parameters = dict(model.named_parameters())
-    train_quantized(model, make_text(8), make_config(steps=2))
+    train_quantized(model, make_windows(8), make_config(steps=2))
     assert all(type(each).__module__.partition(".")[0] != "torchao" for each in model.modules())
     assert linear_layers(model) == layers
     assert list(model.state_dict()) == list(trained)
@@ -128,12 +86,12 @@ def test_shared_layers_stay_shared(trained):
     model = load(trained)
     first, second = model.model.layers
     second.mlp.up_proj.weight = first.mlp.up_proj.weight
-    train_quantized(model, make_text(8), make_config(steps=1))
+    train_quantized(model, make_windows(8), make_config(steps=1))
     assert second.mlp.up_proj.weight is first.mlp.up_proj.weight
 
 
 def test_layers_see_rounded_weights_only_inside(trained):
-    model, ids = load(trained), make_text(2)
+    model, ids = load(trained), make_windows(2)
     with torch.inference_mode():
         want_plain = model(ids).logits
         want_rounded = rounded(load(trained), 3, 16)(ids).logits
@@ -155,7 +113,7 @@ def test_a_failure_gives_the_weights_back(trained, monkeypatch):
 
     monkeypatch.setattr(quantized_training, "follow_teacher", fail)
     with pytest.raises(KeyboardInterrupt):
-        train_quantized(model, make_text(8), make_config())
+        train_quantized(model, make_windows(8), make_config())
     assert linear_layers(model) == layers
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
@@ -172,7 +130,7 @@ def test_a_failure_gives_the_weights_back(trained, monkeypatch):
 def test_refuses_in_a_sentence(trained, changes, num_windows, error, sentence):
     model = load(trained)
     with pytest.raises(error, match=sentence):
-        train_quantized(model, make_text(num_windows), make_config(**changes))
+        train_quantized(model, make_windows(num_windows), make_config(**changes))
     assert all(torch.equal(each, trained[name]) for name, each in model.state_dict().items())
 
 
@@ -181,4 +139,4 @@ def test_without_torchao_says_what_to_install(trained, monkeypatch):
     monkeypatch.setitem(modules, "torchao.quantization.qat", None)
     monkeypatch.delitem(modules, "mutirao.compress.training.fake_rounding", raising=False)
     with pytest.raises(InputError, match=r"pip install \"mutirao\[compress\]\""):
-        train_quantized(load(trained), make_text(8), make_config())
+        train_quantized(load(trained), make_windows(8), make_config())

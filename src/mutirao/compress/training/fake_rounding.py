@@ -13,8 +13,8 @@ Shapes: O outputs, I inputs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torchao.quantization.qat import FakeQuantizedLinear, IntxFakeQuantizeConfig
 from torchao.quantization.qat.fake_quantizer import IntxFakeQuantizer
 
+from mutirao.compress.blocks import replaced_layers
 from mutirao.compress.rounding.grid import full_grid
 
 
@@ -50,25 +51,15 @@ class GridFakeQuantizer(IntxFakeQuantizer):  # type: ignore[misc]
         return rounded_OI
 
 
-@contextmanager
 def rounded_layers(
     model: nn.Module, layers: Mapping[str, nn.Linear], bits: int, group_size: int
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """Let layers compute with rounded weights; afterwards the model has its own ones back.
 
     Both use the same parameters, so that what is learned stays, and sharing too.
     """
-    places = {
-        name: (model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2])
-        for name in layers
-    }
-    try:
-        for name, (parent, attribute) in places.items():
-            setattr(parent, attribute, _rounded(layers[name], bits, group_size))
-        yield
-    finally:
-        for name, (parent, attribute) in places.items():
-            setattr(parent, attribute, layers[name])
+    rounded = {name: _rounded(layer, bits, group_size) for name, layer in layers.items()}
+    return replaced_layers(model, rounded)
 
 
 def _rounded(linear: nn.Linear, bits: int, group_size: int) -> Any:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import random
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
@@ -49,8 +49,9 @@ def follow_teacher(
     temperature: float = 1.0,
     seed: int = 0,
     description: str = "distil",
+    learning: Sequence[nn.Parameter] | None = None,
 ) -> None:
-    """Train all parameters of a student, in place, to a teacher's next-token distributions.
+    """Train a student's parameters, in place, to a teacher's next-token distributions.
 
     The loss is the mean KL(teacher || student) over all tokens but the first of a window, in nats.
     Weights are kept in float32 while they are trained, and come back in the dtype that they had.
@@ -67,6 +68,7 @@ def follow_teacher(
         temperature: both distributions are flattened by it.
         seed: of the order of windows.
         description: what the progress bar says.
+        learning: parameters that learn; None for all.
 
     Raises:
         InputError: a number is not accepted, or TRL is not installed.
@@ -77,11 +79,12 @@ def follow_teacher(
     dtypes = [each.dtype for each in student.parameters()]
     was_trained = [each.requires_grad for each in student.parameters()]
     was_training = teacher.training
+    learns = None if learning is None else {id(each) for each in learning}
     with _random_state_kept(), _settings_kept(student), tempfile.TemporaryDirectory() as folder:
         try:
             for parameter in student.parameters():
                 parameter.data = parameter.data.float()
-                parameter.requires_grad_(True)
+                parameter.requires_grad_(learns is None or id(parameter) in learns)
             trainers.run_trainer(
                 student,
                 _fast(teacher),

@@ -1,0 +1,106 @@
+"""Grids that learn once codes are fixed: all scales of a rounded model, trained end to end.
+
+Rounding looks at one layer, or one block, at a time. Here the whole rounded model follows the
+predictions of its original, and learns the scale of each group, which is stored anyway, so that
+nothing gets larger; codes and zero points stay (the second phase of EfficientQAT, Chen et al. 2024,
+arXiv:2407.11062, which learns from the text's next tokens). A group's scale is trained as a factor
+of what it was, so that one learning rate, a share of a scale per step, suits all.
+
+Shapes: W windows, T tokens, O outputs, I inputs, G groups of inputs, S weights in a group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mutirao.compress.blocks import linear_layers, replaced_layers
+from mutirao.compress.config import TuneConfig
+from mutirao.compress.rounding.grid import QuantizedWeight
+from mutirao.compress.training.following import check_request, follow_teacher
+
+PASSES = 2
+"""Passes over the windows where no number of steps is given. Assumption: at 2 bits, the second
+lowers the rise by a tenth, at twice the time (docs/log.md)."""
+
+
+def tune_grids(
+    model: Any,
+    codes: Mapping[str, QuantizedWeight],
+    teacher: Any,
+    ids_WT: Tensor,
+    config: TuneConfig,
+    *,
+    seed: int = 0,
+) -> dict[str, QuantizedWeight]:
+    """Train the scales of a rounded model to follow a teacher.
+
+    Args:
+        model: a transformers causal model; its rounded layers get the weights that the new codes
+            stand for.
+        codes: of all linear layers of its blocks, by name; layers that share a weight share them.
+        teacher: another with the same vocabulary, unchanged.
+        ids_WT: (W, T) token ids.
+        config: how to train.
+        seed: of the order of windows.
+
+    Returns:
+        The same codes and zero points, with other scales.
+
+    Raises:
+        InputError: a number is not accepted, or TRL is not installed.
+        DataError: too few windows, or the loss is no longer finite.
+    """
+    windows_per_step = min(config.windows_per_step, max(1, len(ids_WT)))
+    steps = config.steps or max(1, PASSES * len(ids_WT) // windows_per_step)
+    check_request(ids_WT, steps=steps, windows_per_step=windows_per_step)
+    layers = linear_layers(model)
+    # Codes are one object for all layers that share a weight.
+    factors = {
+        id(each.codes): nn.Parameter(torch.ones(each.scale.shape)) for each in codes.values()
+    }
+    grids: dict[str, nn.Module] = {
+        name: _GridLinear(codes[name], layer.bias, factors[id(codes[name].codes)])
+        for name, layer in layers.items()
+    }
+    with replaced_layers(model, grids):
+        follow_teacher(
+            model,
+            teacher,
+            ids_WT,
+            steps=steps,
+            learning_rate=config.learning_rate,
+            windows_per_step=windows_per_step,
+            seed=seed,
+            description="tune scales",
+            learning=list(factors.values()),
+        )
+    tuned = {}
+    for name, before in codes.items():
+        scale_OG = before.scale.float() * factors[id(before.codes)].detach()
+        tuned[name] = before._replace(scale=scale_OG.to(torch.bfloat16))
+        layers[name].weight.data.copy_(tuned[name].expand())
+    return tuned
+
+
+class _GridLinear(nn.Module):
+    """A layer whose weight comes from codes that stay and a factor of each group's scale."""
+
+    def __init__(
+        self, codes: QuantizedWeight, bias: Tensor | None, factor_OG: nn.Parameter
+    ) -> None:
+        super().__init__()
+        num_outputs, num_groups = codes.scale.shape
+        codes_OGS = codes.codes.reshape(num_outputs, num_groups, -1).to(torch.int16)
+        self.register_buffer("steps_OGS", codes_OGS - codes.zero.to(torch.int16)[..., None])
+        self.register_buffer("scale_OG", codes.scale.float())
+        self.factor_OG = factor_OG
+        self.bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale_OG = self.get_buffer("scale_OG") * self.factor_OG
+        weight_OI = (self.get_buffer("steps_OGS") * scale_OG[..., None]).flatten(1)
+        return nn.functional.linear(x, weight_OI, self.bias)
