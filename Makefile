@@ -13,7 +13,7 @@ INSTALLED := $(VENV)/.installed
 INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX),)
 CONSTRAINTS := $(CURDIR)/constraints.txt
 
-.PHONY: help demo test test-slow check fmt bench bench-demo bench-outcome bench-inference bench-plan bench-federated bench-aggregator bench-privacy bench-export bench-precision bench-law bench-compress clean
+.PHONY: help demo test test-slow check fmt bench bench-demo bench-outcome bench-inference bench-plan bench-federated bench-aggregator bench-privacy bench-export bench-precision bench-law bench-compress bench-quantizers clean
 .DEFAULT_GOAL := help
 
 help:  ## say what can be made
@@ -80,6 +80,9 @@ bench-law: $(INSTALLED)  ## the precision law against held-out runs: ARGS=predic
 
 bench-compress: $(INSTALLED)  ## every way to make a model smaller: ARGS="MODEL TEXT" (an hour)
 	$(BIN)/python benchmarks/bench_compress.py $(ARGS)
+
+bench-quantizers: $(INSTALLED)  ## our quantizers beside other people's: ARGS="MODEL TEXT" (a day)
+	$(BIN)/python benchmarks/bench_quantizers.py $(ARGS)
 
 clean:  ## remove what was built; downloads and runs under MUTIRAO_HOME stay
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
