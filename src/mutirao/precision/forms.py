@@ -10,6 +10,10 @@ adds beside them that is not fitted. ``FORMS`` has those that compete:
     noise               C D^γD / N^γN times the format's relative noise power
     per_cell            C for each (method, group, bits), exponents in common
     per_cell_exponents  the same with exponents for each cell, drawn towards common ones
+    shannon             C D^γD / N^γN 2^-2R, R the bits of a weight with its share of a scale: a
+                        Gaussian's distortion at that rate (Cover and Thomas 2006, chapter 10)
+    interaction         per_cell_exponents by method, γD falling with log N by k: for ``mixed``
+    loss                the same with the model's own loss in place of log D: for ``mixed``
     largest             the δ of the largest fitted model, whatever is asked
     *_published         the published law, C refitted
     *_published_fixed   the published law as it is
@@ -106,6 +110,48 @@ def _log_noise(query: Query) -> float:
     return math.log(query.noise)
 
 
+_SCALE_BITS = 16
+"""Of a scale, in the form shannon."""
+CENTER = Query(num_params=442_368, num_tokens=2**21.5, bits=4, method="rtn")
+"""Where logs of N and D are counted from in forms with an interaction: the middle of the rows that
+they were made for. Priors of their exponents hold there."""
+CENTER_LOSS = 1.5
+"""Nats."""
+
+
+def _log_distortion(query: Query) -> float:
+    return -2 * math.log(2) * (query.bits + _SCALE_BITS / query.shared_weights)
+
+
+def _log_size(query: Query) -> float:
+    return math.log(query.num_params / CENTER.num_params)
+
+
+def _log_length(query: Query) -> float:
+    return math.log(query.num_tokens / CENTER.num_tokens)
+
+
+def _separate(query: Query, name: str, driver: float) -> Terms:
+    """Exponents by method, and how far each cell's stray from them."""
+    terms = _constant_by_cell(query)
+    for start, suffix in (("", query.method), ("cell_", query.cell)):
+        terms[f"{start}{name}[{suffix}]"] = driver
+        terms[f"{start}gamma_n[{suffix}]"] = -_log_size(query)
+    return terms
+
+
+def _interaction(query: Query) -> Terms:
+    return _separate(query, "gamma_d", _log_length(query)) | {
+        "k": -_log_length(query) * _log_size(query)
+    }
+
+
+def _loss(query: Query) -> Terms:
+    if query.loss is None:
+        raise InputError(f"the form loss needs the loss of the model before {query.cell}")
+    return _separate(query, "slope", CENTER_LOSS - query.loss)
+
+
 def _log_kumar(query: Query) -> float:
     return math.log(KUMAR.degradation(query.num_params, query.num_tokens, query.bits))
 
@@ -152,6 +198,9 @@ FORMS: Mapping[str, Form] = {
         ),
         Form("step_squared", lambda q: _constant(q) | _exponents(q), _log_step_squared),
         Form("noise", lambda q: _constant(q) | _exponents(q), _log_noise),
+        Form("shannon", lambda q: _constant(q) | _exponents(q), _log_distortion),
+        Form("interaction", _interaction, pooled=("cell_",)),
+        Form("loss", _loss, pooled=("cell_",)),
         Form("per_cell", lambda q: _constant_by_cell(q) | _exponents(q)),
         Form(
             "per_cell_exponents",

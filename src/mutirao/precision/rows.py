@@ -27,6 +27,8 @@ class Query:
     """Weights in a row, where ``group_size`` is None and a form asks for it."""
     noise: float | None = None
     """Relative noise power of the format, where a form asks for it."""
+    loss: float | None = None
+    """Of the model before rounding, in nats, where a form asks for it."""
 
     def __post_init__(self) -> None:
         for name in ("num_params", "num_tokens", "bits"):
