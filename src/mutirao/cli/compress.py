@@ -78,7 +78,7 @@ def compress(
     learning_rate: Annotated[
         float | None,
         typer.Option(
-            "--learning-rate", help="For distill (default 1e-4), qat (2e-5) and tune (1e-2)."
+            "--learning-rate", help="For distill (default 1e-4), qat (2e-5), tune (2 / width)."
         ),
     ] = None,
     text: Annotated[

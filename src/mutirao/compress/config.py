@@ -100,8 +100,9 @@ class TuneConfig(Config):
 
     steps: int | None = Field(default=None, ge=1)
     """Training steps; None for two passes over the windows."""
-    learning_rate: float = Field(default=1e-2, gt=0)
-    """Highest learning rate, for AdamW: about the share of itself by which a step moves a scale."""
+    learning_rate: float | None = Field(default=None, gt=0)
+    """Highest learning rate, for AdamW: about the share of itself by which a step moves a scale;
+    None for 2 over the model's width in channels."""
     windows_per_step: int = Field(default=4, ge=1)
     """Windows of text in a training step."""
 
@@ -283,7 +284,14 @@ def _fill_in(given: Any, name: str, steps: tuple[str, ...], document: dict[str, 
         return given
     follows: dict[str, Any] = {}
     if name == "prune":
-        follows = {"method": next(step for step in steps if step in ("wanda", "magnitude"))}
+        pruners = [step for step in steps if step in ("wanda", "magnitude")]
+        method = (given or {}).get("method", pruners[0])
+        if method in ("wanda", "magnitude") and method not in pruners:
+            raise RecipeError(
+                f"compress.prune.method={method} contradicts compress.method={','.join(steps)} "
+                f"(expected {' or '.join(pruners)}); leave it out"
+            )
+        follows = {"method": pruners[0]}
     elif name == "quantized_training":
         defaults = {"bits": DEFAULT_BITS, "group_size": DEFAULT_GROUP_SIZE}
         follows = {key: document.get(key, value) for key, value in defaults.items()}

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from mutirao.compress.blocks import linear_layers, walk_blocks
-from mutirao.compress.config import PruneConfig
+from mutirao.compress.config import CompressConfig, PruneConfig
 from mutirao.compress.shrinking.pruning import kept_mask, prune
-from mutirao.errors import DataError, ShapeError
+from mutirao.errors import DataError, RecipeError, ShapeError
 from mutirao.formats.huggingface import load_causal_lm
 
 IDS = torch.arange(5, 5 + 6 * 12).reshape(6, 12) % 200
@@ -153,3 +153,20 @@ def test_inputs_that_are_not_finite_are_refused(model):
     model.model.embed_tokens.weight.data[IDS[0, 0]] = torch.inf
     with pytest.raises(DataError, match=r"inputs of model.layers.0.self_attn"):
         prune(model, IDS, PruneConfig())
+
+
+@pytest.mark.parametrize("method", ["wanda", "magnitude,rtn"])
+def test_a_method_that_contradicts_the_steps_is_refused(method):
+    step = method.partition(",")[0]
+    other = {"wanda": "magnitude", "magnitude": "wanda"}[step]
+    sentence = rf"compress.prune.method={other} contradicts .*={method} \(expected {step}\); leave"
+    for prune_config in ({"method": other}, PruneConfig(method=other)):
+        with pytest.raises(RecipeError, match=sentence):
+            CompressConfig(method=method, prune=prune_config)
+
+
+def test_a_method_that_agrees_or_is_left_out_is_accepted():
+    for given in (None, {"sparsity": 0.3}, {"method": "magnitude"}, PruneConfig(sparsity=0.3)):
+        assert CompressConfig(method="magnitude", prune=given).prune.method == "magnitude"
+    both = CompressConfig(method="wanda,magnitude", prune={"method": "magnitude"})
+    assert CompressConfig(**both.model_dump()) == both

@@ -25,6 +25,10 @@ from mutirao.compress.training.following import check_request, follow_teacher
 PASSES = 2
 """Passes over the windows where no number of steps is given. Assumption: at 2 bits, the second
 lowers the rise by a tenth, at twice the time (docs/log.md)."""
+RATE_TIMES_WIDTH = 2.0
+"""Learning rate times the model's channels where none is given. Assumption: 0.01 was best at width
+192, and 0.003 better than 0.01 at 576 (docs/log.md); what a step of all scales does to a sum grows
+with the number of its terms."""
 
 
 def tune_grids(
@@ -72,7 +76,7 @@ def tune_grids(
             teacher,
             ids_WT,
             steps=steps,
-            learning_rate=config.learning_rate,
+            learning_rate=config.learning_rate or RATE_TIMES_WIDTH / model.config.hidden_size,
             windows_per_step=windows_per_step,
             seed=seed,
             description="tune scales",
