@@ -13,11 +13,13 @@ from mutirao.advise.checkpoint_law import fit_checkpoint
 from mutirao.advise.choosing import Z_95, Candidate, choose, explain, list_candidates, mark_pareto
 from mutirao.advise.config import AdviseConfig, Budget, Outlook
 from mutirao.advise.findings import Advice
-from mutirao.advise.layers import Mix, Part, mix_bits, probe_parts
+from mutirao.advise.kept import KeptLines
+from mutirao.advise.layers import Found, Mix, Part, mix_bits, probe_parts
 from mutirao.advise.measuring import Bench, Measured, fingerprint, measure_ways
+from mutirao.advise.noises import Noises
 from mutirao.advise.prospects import look_ahead
 from mutirao.advise.speeds import predict_speeds
-from mutirao.advise.ways import Shape, Way, relative_noise
+from mutirao.advise.ways import Shape, Way
 from mutirao.artifact import MANIFEST_NAME, open_artifact, write_artifact
 from mutirao.compress.compression import coarse_weights, refuse_quantized
 from mutirao.compress.config import SUPPORTED_BITS, TextConfig
@@ -47,8 +49,8 @@ def advise(
 ) -> Advice:
     """Say how few bits a model bears.
 
-    Measures are kept in the cache, so that a second advice on the same model, text and windows
-    starts from them, as one that was interrupted does.
+    Measures, probes and noises are kept in the cache, so that a second advice on the same model,
+    text and windows starts from them, as one that was interrupted does.
 
     Args:
         path: model artifact, or any Hugging Face directory, not quantized.
@@ -85,7 +87,8 @@ def advise(
     if config.half_width is not None:
         windows = _enough(bench, first, path, text, encoder, config)
         bench = Bench(model, windows)
-    measured = _measure(bench, path, _measured_ways(config, group_sizes))
+    found = _find_kept(path, windows)
+    measured = _measure(bench, found.ways, _measured_ways(config, group_sizes))
     ways = [
         Way(method, bits, size)
         for method in config.methods
@@ -93,7 +96,8 @@ def advise(
         for size in group_sizes
     ]
     wanted = dict.fromkeys((*ways, *(each.way for each in measured)))
-    noises = _noises(bench, tuple(wanted))
+    by_grid = Noises(bench.layers, KeptLines(_kept_path(fingerprint(path), "noises")))
+    noises = _noises(by_grid, tuple(wanted))
     law = fit_checkpoint(measured, noises)
     speeds = predict_speeds(path, budget.memory_bytes)
     loss = measured[0].loss.original
@@ -102,7 +106,7 @@ def advise(
         for each in mark_pareto(list_candidates(shape, law, ways, noises, measured))
     ]
     chosen = choose(candidates, budget, loss)
-    parts, mix = _layers(bench, shape, chosen, config)
+    parts, mix = _layers(bench, shape, chosen, config, by_grid, found)
     advice = Advice(
         model=path.name,
         loss=loss,
@@ -166,7 +170,7 @@ def _enough(
         DataError: there is too little text for them; the message says how much is needed.
     """
     assert config.half_width is not None
-    first = _measure(bench, path, [way])[0].loss
+    first = _measure(bench, _find_kept(path, bench.windows).ways, [way])[0].loss
     half = Z_95 * first.standard_error / first.original
     needed = math.ceil(config.text.heldout_windows * (half / config.half_width) ** 2)
     if needed <= config.text.heldout_windows:
@@ -181,8 +185,18 @@ def _enough(
         ) from None
 
 
-def _measure(bench: Bench, path: Path, ways: Sequence[Way]) -> list[Measured]:
-    kept = cache_directory() / "advise" / f"{fingerprint(path, bench.windows)}.jsonl"
+def _kept_path(key: str, what: str | None = None) -> Path:
+    return cache_directory() / "advise" / ".".join(filter(None, (key, what, "jsonl")))
+
+
+def _find_kept(path: Path, windows: Windows) -> Found:
+    """Return where is kept what was found of a model on some windows."""
+    key = fingerprint(path, windows)
+    parts, mixes = (KeptLines(_kept_path(key, what)) for what in ("parts", "mixes"))
+    return Found(_kept_path(key), parts, mixes)
+
+
+def _measure(bench: Bench, kept: Path, ways: Sequence[Way]) -> list[Measured]:
     found = []
     with step_progress() as progress:
         bar = progress.add_task("measuring", total=len(ways))
@@ -192,18 +206,23 @@ def _measure(bench: Bench, path: Path, ways: Sequence[Way]) -> list[Measured]:
     return found
 
 
-def _noises(bench: Bench, ways: Sequence[Way]) -> dict[Way, float]:
+def _noises(noises: Noises, ways: Sequence[Way]) -> dict[Way, float]:
     """Return the noise of each way; it is of the grid, whatever the method."""
     grids = list(dict.fromkeys((way.bits, way.group_size) for way in ways))
     by_grid = {
-        (bits, size): relative_noise(bench.layers, bits, size)
+        (bits, size): noises.find(bits, size)
         for bits, size in track(grids, "rounding every layer", len(grids))
     }
     return {way: by_grid[way.bits, way.group_size] for way in ways}
 
 
 def _layers(
-    bench: Bench, shape: Shape, chosen: Candidate, config: AdviseConfig
+    bench: Bench,
+    shape: Shape,
+    chosen: Candidate,
+    config: AdviseConfig,
+    noises: Noises,
+    found: Found,
 ) -> tuple[tuple[Part, ...], Mix | None]:
     if not config.sensitivity_windows:
         return (), None
@@ -212,9 +231,12 @@ def _layers(
     num_parts = len({name.rpartition(".")[0] for name in bench.layers})
     parts = tuple(
         track(
-            probe_parts(bench, size, config.sensitivity_windows), "rounding part by part", num_parts
+            probe_parts(bench, size, config.sensitivity_windows, found.parts),
+            "rounding part by part",
+            num_parts,
         )
     )
     if chosen.way.bits in (min(SUPPORTED_BITS), max(SUPPORTED_BITS)):
         return parts, None  # nothing to move from one part to another
-    return parts, mix_bits(bench, shape, list(parts), chosen.way.bits, size)
+    uniform = Way("rtn", chosen.way.bits, size)
+    return parts, mix_bits(bench, shape, list(parts), uniform, noises, found)

@@ -11,7 +11,7 @@ from mutirao.advise.choosing import Candidate
 from mutirao.advise.config import Budget
 from mutirao.advise.layers import PROBED_BITS, Mix, Part
 from mutirao.advise.measuring import Measured
-from mutirao.advise.prospects import Bill, Prospects
+from mutirao.advise.prospects import Bill, OtherSize, Prospects
 from mutirao.console import format_bytes
 
 
@@ -146,14 +146,7 @@ class Advice:
 
 def _about(prospects: Prospects) -> list[str]:
     """Return what is to be said of what lies beyond the checkpoint."""
-    found = []
-    for other in prospects.other_sizes:
-        size = "half as large" if other.size < 1 else "twice as large"
-        verdict = "lose" if other.change > 0 else "gain"
-        found.append(
-            f"A model {size} at {other.bits:g} bits would {verdict} about {abs(other.change):.2f} "
-            "nats against this choice."
-        )
+    found = [_about_size(other) for other in prospects.other_sizes]
     more = prospects.more_training
     if more is not None:
         words = {True: "would hurt", False: "would still help", None: "may help or hurt"}
@@ -173,9 +166,26 @@ def _about(prospects: Prospects) -> list[str]:
             f"Over its life: {bill.original.total_cost:,.0f} in 16 bits (training "
             f"{bill.original.training_cost:,.0f}), {bill.chosen.total_cost:,.0f} with the chosen "
             f"bits; {bill.original.total_energy_kwh:,.0f} and "
-            f"{bill.chosen.total_energy_kwh:,.0f} kWh. {_break_even(bill)}"
+            f"{bill.chosen.total_energy_kwh:,.0f} kWh: arithmetic on the sizes and prices that "
+            f"were told, which has no interval. {_break_even(bill)}"
         )
     return found
+
+
+def _about_size(other: OtherSize) -> str:
+    size = "half as large" if other.size < 1 else "twice as large"
+    model = f"A model {size} at {other.bits:g} bits"
+    if other.low <= 0 <= other.high:
+        return (
+            f"{model} may lose or gain against this choice: {other.change:+.2f} nats of loss "
+            f"({other.low:+.2f} to {other.high:+.2f})."
+        )
+    verb = "lose" if other.change > 0 else "gain"
+    low, high = sorted((abs(other.low), abs(other.high)))
+    return (
+        f"{model} would {verb} about {abs(other.change):.2f} nats ({low:.2f} to {high:.2f}) "
+        "against this choice."
+    )
 
 
 def _break_even(bill: Bill) -> str:
@@ -183,7 +193,10 @@ def _break_even(bill: Bill) -> str:
         return "No training is known to take a model half as large to the same loss."
     requests = bill.break_even_requests
     when = "never" if requests is None else f"from {requests:,.0f} requests on"
-    return f"A model half as large, trained to the same loss by Kumar's law, costs less {when}."
+    return (
+        "A model half as large, trained to the same loss by Kumar's law, whose constants count as "
+        f"exact, costs less {when}."
+    )
 
 
 def _plain(value: Any) -> Any:

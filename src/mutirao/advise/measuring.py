@@ -10,8 +10,6 @@ Shapes: W windows, T tokens, D channels.
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mutirao.advise.kept import KeptLines
 from mutirao.advise.ways import Way
 from mutirao.artifact import sha256_of_file
 from mutirao.compress.blocks import linear_layers
@@ -27,7 +26,6 @@ from mutirao.compress.loss import CompressionLoss, compare_losses, compare_state
 from mutirao.compress.rounding.by_blocks import round_by_blocks
 from mutirao.compress.rounding.grid import quantize_weight
 from mutirao.compress.windows import Windows
-from mutirao.errors import explain_disk_errors
 from mutirao.models.arithmetic import fast_dtype
 from mutirao.models.head import split_model
 
@@ -118,8 +116,8 @@ class Bench:
             self.restore()
 
 
-def fingerprint(path: Path, windows: Windows) -> str:
-    """Return a hash of a model's weights and of the windows; what was measured belongs to it."""
+def fingerprint(path: Path, windows: Iterable[Tensor] = ()) -> str:
+    """Return a hash of a model's weights, and of windows; what was found of them belongs to it."""
     digest = hashlib.sha256(f"{METHODS_VERSION} {fast_dtype()}".encode())
     for file in sorted([*path.glob("*.safetensors"), path / "config.json"]):
         digest.update(sha256_of_file(file).encode())
@@ -140,26 +138,20 @@ def measure_ways(bench: Bench, ways: Iterable[Way], path: Path) -> Iterator[Meas
         DiskFullError: no room to keep a measure; those before it are kept.
     """
     known = {each.way: each for each in read_measured(path)}
-    path.parent.mkdir(parents=True, exist_ok=True)
     for way in ways:
         if way not in known:
             known[way] = bench.measure(way)
-            with explain_disk_errors(path), path.open("a", encoding="utf-8") as file:
-                line = asdict(way) | known[way].loss._asdict()
-                file.write("\n" + json.dumps(line))  # a line that a kill cut ends here
-                file.flush()
-                os.fsync(file.fileno())
+            KeptLines(path).add(asdict(way) | known[way].loss._asdict())
         yield known[way]
 
 
 def read_measured(path: Path) -> list[Measured]:
     """Return what a file has; a line that a kill cut is left out."""
     found = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    for values in KeptLines(path).read():
         try:
-            values = json.loads(line)
             way = Way(*(values.pop(name) for name in ("method", "bits", "group_size")))
             found.append(Measured(way, CompressionLoss(**values)))
-        except (ValueError, TypeError, KeyError):
+        except (TypeError, KeyError):
             continue
     return found

@@ -1,8 +1,11 @@
 """What lies beyond this checkpoint: more training, other sizes, training for few bits, the bill.
 
 None of it was measured on this model. The rise of this model is carried along by exponents from
-published fits, whose spread gives the interval of the critical number of tokens; the loss of models
-of other sizes and of longer training is Kumar et al.'s, without an interval. Each answer says so.
+published fits; its interval and their spread give the intervals of the critical number of tokens
+and of what other sizes cost. The loss of models of other sizes and of longer training is Kumar et
+al.'s, whose constants count as exact: they are published without errors. The bill is arithmetic on
+the numbers and prices that were told; only its smaller model is by Kumar's law. Each answer says
+so.
 
 References:
     Kumar et al. 2024, arXiv:2411.04330, and ``precision.law``.
@@ -46,11 +49,22 @@ class OtherSize:
     change: float
     """Of the loss after rounding, in nats, against this model with the chosen bits: above zero it
     would be worse."""
+    low: float
+    """Lower end of the change's 95 % interval: that of the rise, carried along by exponents within
+    the spread of published fits. Kumar's loss of both sizes counts as exact, and so does the rise's
+    going with the squared step from bits to bits."""
+    high: float
+    """Its upper end."""
 
 
 @dataclass(frozen=True)
 class Bill:
-    """What the model costs over its life, as it is and with the chosen bits."""
+    """What the model costs over its life, as it is and with the chosen bits.
+
+    It has no interval: the first two are arithmetic on sizes, tokens, requests and prices that were
+    told, and do not hang on the rise. The smaller one takes the number of tokens for which Kumar's
+    law, whose constants are published without errors, has the same loss.
+    """
 
     original: LifetimeCost
     chosen: LifetimeCost
@@ -133,8 +147,7 @@ def _more_training(rise: Prediction, tokens: float) -> MoreTraining:
         return math.exp((over - math.log(gamma * nats)) / (gamma + base.beta))
 
     rises = (rise.mean, rise.low, rise.high)
-    gammas = [max(prior.mean + sign * Z_95 * prior.sd, 0.02) for sign in (-1, 1)]
-    corners = [critical(nats, gamma) for nats in rises for gamma in gammas]
+    corners = [critical(nats, gamma) for nats in rises for gamma in _ends(prior)]
     found = Prediction(critical(rises[0], prior.mean), min(corners), max(corners))
     would_hurt = None
     if not found.low <= tokens <= found.high:
@@ -144,7 +157,7 @@ def _more_training(rise: Prediction, tokens: float) -> MoreTraining:
 
 def _other_sizes(chosen: Candidate, num_rounded: int) -> tuple[OtherSize, ...]:
     """Return a model half as large at twice the bits and one twice as large at half of them."""
-    gamma_n = _exponent("gamma_n").mean
+    prior, rise = _exponent("gamma_n"), chosen.rise
     base = KUMAR.base
     now = base.a * num_rounded**-base.alpha
     found = []
@@ -154,9 +167,11 @@ def _other_sizes(chosen: Candidate, num_rounded: int) -> tuple[OtherSize, ...]:
             continue
         # The rise follows the squared step from the bits that were measured.
         step = (2.0 ** (chosen.way.bits - 1) - 0.5) / (2.0 ** (bits - 1) - 0.5)
-        rise = chosen.rise.mean * size**-gamma_n * step**2
-        change = now * (size**-base.alpha - 1) + rise - chosen.rise.mean
-        found.append(OtherSize(size, bits, change))
+        factors = [step**2 * size**-gamma - 1 for gamma in (prior.mean, *_ends(prior))]
+        larger = now * (size**-base.alpha - 1)
+        corners = [larger + nats * each for nats in (rise.low, rise.high) for each in factors]
+        change = larger + rise.mean * factors[0]
+        found.append(OtherSize(size, bits, change, min(corners), max(corners)))
     return tuple(found)
 
 
@@ -187,6 +202,12 @@ def _tokens_to_match(num_rounded: float, tokens: float) -> float | None:
     base = KUMAR.base
     left = base.loss(num_rounded, tokens) - base.e - base.a * (num_rounded / 2) ** -base.alpha
     return (base.b / left) ** (1 / base.beta) if left > 0 else None
+
+
+def _ends(prior: Prior) -> tuple[float, float]:
+    """Return both ends of an exponent's 95 % interval, above zero as in all published fits."""
+    low, high = (prior.mean + sign * Z_95 * prior.sd for sign in (-1, 1))
+    return max(low, 0.02), max(high, 0.02)
 
 
 def _exponent(name: str) -> Prior:

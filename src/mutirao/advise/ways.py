@@ -10,9 +10,9 @@ Shapes: O outputs, I inputs.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -86,16 +86,42 @@ class Shape:
         return total
 
 
+class Squares(NamedTuple):
+    """What rounding does to one layer."""
+
+    error: float
+    """Sum of the squared differences."""
+    power: float
+    """Sum of the squared weights."""
+
+
+def layer_squares(
+    layers: Mapping[str, nn.Linear], bits: int, group_size: int | None
+) -> dict[str, Squares]:
+    """Return what rounding to nearest does to each layer, which stays as it is.
+
+    Raises:
+        ShapeError: the group size does not divide a layer's inputs.
+    """
+    found = {}
+    for name, layer in layers.items():
+        weight_OI = layer.weight.detach().float()
+        rounded_OI = quantize_weight(weight_OI, bits, group_size).expand()
+        error = float((rounded_OI - weight_OI).double().square().sum())
+        found[name] = Squares(error, float(weight_OI.double().square().sum()))
+    return found
+
+
+def noise_of(squares: Iterable[Squares]) -> float:
+    """Return the squared error of some layers over their squared weights."""
+    known = list(squares)
+    return sum(each.error for each in known) / sum(each.power for each in known)
+
+
 def relative_noise(layers: Mapping[str, nn.Linear], bits: int, group_size: int | None) -> float:
     """Return the squared error of rounding to nearest over the squared weights.
 
     Raises:
         ShapeError: the group size does not divide a layer's inputs.
     """
-    error = power = 0.0
-    for layer in layers.values():
-        weight_OI = layer.weight.detach().float()
-        rounded_OI = quantize_weight(weight_OI, bits, group_size).expand()
-        error += float((rounded_OI - weight_OI).double().square().sum())
-        power += float(weight_OI.double().square().sum())
-    return error / power
+    return noise_of(layer_squares(layers, bits, group_size).values())

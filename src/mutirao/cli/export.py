@@ -62,7 +62,7 @@ def export(
     )
     path = locate_model(model)
     if dry_run:
-        plan = plan_export(path, config)
+        plan = plan_export(path, config, out)
         if json:
             output.print_json(data=plan.to_json())
         else:

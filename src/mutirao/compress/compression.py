@@ -30,6 +30,7 @@ from mutirao.compress.loss import measure_loss
 from mutirao.compress.rounding.nf4 import import_functional
 from mutirao.compress.shrinking.sharing import named_weights
 from mutirao.compress.steps import bits_by_layer, change_model, check_finite, round_model
+from mutirao.compress.training.students import check_student
 from mutirao.compress.windows import Windows, read_windows
 from mutirao.compress.writing import count_zeros, ideal_bytes, stored_tensors, write_companions
 from mutirao.environment import release_memory
@@ -77,7 +78,8 @@ def compress_model(
 
     Raises:
         InputError: the model is quantized already, the method needs text or a package and has
-            none, the model takes no windows so long, or it lacks a layer whose bits are given.
+            none, the model takes no windows so long, it lacks a layer whose bits are given, or a
+            student of it cannot be made so.
         DataError: there is too little text, or weights are not finite.
         ArtifactError: ``path`` was altered since it was written.
         FormatError: ``path`` is no model, or of a kind that is not supported.
@@ -89,6 +91,7 @@ def compress_model(
     is_artifact = (path / MANIFEST_NAME).is_file()
     if is_artifact:
         open_artifact(path, "model")
+    check_student(path, config)
     text_config = text_config or TextConfig()
     model, tokenizer = load_causal_lm(path, dtype="bfloat16")
     windows = None

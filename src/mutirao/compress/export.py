@@ -115,17 +115,20 @@ class Export:
         }
 
 
-def plan_export(path: Path, config: ExportConfig) -> ExportPlan:
+def plan_export(path: Path, config: ExportConfig, out: Path | None = None) -> ExportPlan:
     """Say what an export would write.
 
     Args:
         path: a Hugging Face directory, plain or compressed.
         config: see ``ExportConfig``.
+        out: where it would be written; None where that is not known yet.
 
     Raises:
         FormatError: it is no model, damaged, or cannot be written so.
-        InputError: the format has no such number format.
+        InputError: the format has no such number format, or ``out`` is no place for an artifact.
     """
+    if out is not None:
+        _check_places(path, out)
     if config.format == "gguf":
         return _plan_of_gguf(plan_gguf(path, config.weight_type))
     check_model_directory(path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from itertools import permutations
 from pathlib import Path
 
@@ -79,6 +81,21 @@ class DemoRecipe(Config):
     @field_validator("compress")
     @classmethod
     def _check_compress(cls, compress: tuple[CompressConfig, ...]) -> tuple[CompressConfig, ...]:
-        if not compress or len({each.bits for each in compress}) < len(compress):
-            raise ValueError("name at least one bit-width, and each once")
+        labels = label_compressions(compress)
+        if not labels or len(set(labels)) < len(labels):
+            raise ValueError("name at least one way to compress, by method and bits, and each once")
         return compress
+
+
+def label_compressions(compress: Sequence[CompressConfig]) -> list[str]:
+    """Return names of compressed models: by their bits, and by their method where bits are shared.
+
+    They are names of folders too: '4-bit', or 'rtn-4-bit' beside 'nf4-4-bit'.
+    """
+    counts = Counter(each.bits for each in compress)
+    return [
+        f"{each.bits}-bit"
+        if counts[each.bits] == 1
+        else f"{each.method.replace(',', '+')}-{each.bits}-bit"
+        for each in compress
+    ]

@@ -19,7 +19,7 @@ from mutirao.artifact import write_artifact
 from mutirao.compress.config import CompressConfig
 from mutirao.console import console, step_progress
 from mutirao.demo.planning import load_plan, training_settings
-from mutirao.demo.recipe import DemoRecipe
+from mutirao.demo.recipe import DemoRecipe, label_compressions
 from mutirao.demo.steps import Step
 from mutirao.errors import DataError, RecipeError
 from mutirao.federated.plan import Site
@@ -349,8 +349,8 @@ def compress_steps(road: Road) -> list[Step]:
     """The merged model at fewer bits, each measured again from disk."""
     merged = road.run / "merged"
     steps = []
-    for config in road.recipe.compress:
-        label = f"{config.bits}-bit"
+    configs = road.recipe.compress
+    for label, config in zip(label_compressions(configs), configs, strict=True):
         path = road.run / "compressed" / label
 
         make = partial(_make_compressed, merged, path, config)

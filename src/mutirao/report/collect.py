@@ -208,7 +208,7 @@ def _compressions(
         rows.append(
             Compression(
                 label=label,
-                weight_bits=int(_number(metrics, "weight_bits")),
+                weight_bits=_number(metrics, "weight_bits"),
                 bits_per_weight=_number(metrics, "bits_per_weight"),
                 total_bytes=int(_number(metrics, "total_bytes")),
                 original_bytes=int(_number(metrics, "original_bytes")),
@@ -251,7 +251,8 @@ def _ceilings(manifest: Manifest | None) -> dict[str, float]:
 def _final_artifact(run: Path) -> Path | None:
     """The last thing that was made: a compressed model, else the merged one, else earlier."""
     compressed = artifacts_in(run / "compressed")
-    later = [compressed["4-bit"]] if "4-bit" in compressed else [*compressed.values()][:1]
+    four = [path for label, path in compressed.items() if label.endswith("4-bit")]
+    later = [*four, *compressed.values()][:1]
     candidates = [*later, run / "merged", run / "federated", run / "model"]
     return next((path for path in candidates if find_manifest(path) is not None), None)
 

@@ -207,7 +207,7 @@ def draw_bits(summary: RunSummary) -> Markup | None:
     ]
     if not silos:
         return None
-    ticks = ["original", *(row.label for row in compressions)]
+    ticks = ["original", *(row.words for row in compressions)]
 
     def draw(figure: Any, width: int) -> None:
         axes = make_axes(figure, width, left=56, right=label_margin(silos, width), bottom=46)

@@ -241,7 +241,7 @@ def next_commands(summary: RunSummary) -> list[tuple[str, str]]:
         rows.append((f"mutirao chat {_quote(run / 'merged')}", "talk with the federated model"))
     labels = [row.label for row in summary.compressions]
     if labels:
-        label = "4-bit" if "4-bit" in labels else labels[-1]
+        label = next((each for each in labels if each.endswith("4-bit")), labels[-1])
         command = f"mutirao run {_quote(run / 'compressed' / label)} --prompt "
         prompt = "'What are early signs of diabetes?'"
         rows.append((command + prompt, f"ask the {label} model one thing"))

@@ -99,7 +99,9 @@ class Compression:
     """The federated model at fewer bits."""
 
     label: str
-    weight_bits: int
+    """Its folder's name."""
+    weight_bits: float
+    """Of a code; their mean over the rounded weights where they differ."""
     bits_per_weight: float
     """Scales and unquantized tensors included."""
     total_bytes: int
@@ -108,6 +110,13 @@ class Compression:
     """By silo: loss minus the uncompressed model's, nats per token."""
     mean: Difference | None
     """Over the silos."""
+
+    @property
+    def words(self) -> str:
+        """The label, and the mean bits of a code where layers differ in theirs."""
+        if self.weight_bits.is_integer():
+            return self.label
+        return f"{self.label} (mean {self.weight_bits:.2f})"
 
 
 @dataclass(frozen=True)

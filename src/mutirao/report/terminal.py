@@ -158,5 +158,5 @@ def _compression_table(summary: RunSummary) -> Table | None:
     table = _table("Fewer bits", columns, caption)
     for row in summary.compressions:
         size, bits = format_bytes(row.total_bytes), f"{row.bits_per_weight:.2f}"
-        _add_row(table, row.label, size, bits, wording.plus_minus(row.mean))
+        _add_row(table, row.words, size, bits, wording.plus_minus(row.mean))
     return table

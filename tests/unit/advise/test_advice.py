@@ -5,16 +5,21 @@ from __future__ import annotations
 import errno
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
 from tiny_trained import make_text, write_trained
 
 from mutirao.advise import advice as advice_module
+from mutirao.advise import measuring
+from mutirao.advise import ways as ways_module
 from mutirao.advise.advice import advise
 from mutirao.advise.choosing import Speed
 from mutirao.advise.config import AdviseConfig, Budget, Outlook
+from mutirao.advise.kept import KeptLines
 from mutirao.advise.measuring import Bench, measure_ways, read_measured
+from mutirao.advise.noises import Noises
 from mutirao.advise.ways import Shape, Way, relative_noise
 from mutirao.artifact import open_artifact
 from mutirao.compress.compression import compress_model
@@ -98,6 +103,47 @@ def test_a_second_advice_measures_nothing_again(found, model, text, monkeypatch)
     )
     assert again.parts == ()
     assert again.chosen.total_bytes <= found[0].chosen.total_bytes
+
+
+def test_a_second_advice_rounds_nothing_again(found, model, text, monkeypatch):
+    """Neither to measure, nor for noise, nor part by part, nor for the mix."""
+
+    def refuse(*_, **__):
+        raise AssertionError("rounded again")
+
+    assert found[0].parts
+    budget = Budget(disk_bytes=_bytes(model, 4))
+    first = advise(model, text, config=CONFIG, budget=budget)
+    assert first.mix is not None
+    monkeypatch.setattr(measuring, "quantize_weight", refuse)
+    monkeypatch.setattr(measuring, "round_by_blocks", refuse)
+    monkeypatch.setattr(ways_module, "quantize_weight", refuse)
+    monkeypatch.setattr(Bench, "probe", refuse)
+    monkeypatch.setattr(Bench, "score", refuse)
+    again = advise(model, text, config=CONFIG, budget=budget)
+    assert again.to_json() == first.to_json()
+
+
+def test_a_grid_is_rounded_once_whatever_asks_for_it(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    layers = {name: torch.nn.Linear(64, 32, bias=False) for name in "abc"}
+    rounded = []
+
+    def count(weight_OI, *others):
+        rounded.append(others)
+        return quantize_weight(weight_OI, *others)
+
+    expected = relative_noise(layers, 3, 16)
+    alone = relative_noise({"b": layers["b"]}, 3, 16)
+    monkeypatch.setattr(ways_module, "quantize_weight", count)
+    kept = KeptLines(tmp_path / "noises.jsonl")
+    for _ in range(2):
+        noises = Noises(layers, kept)
+        assert noises.find(3, 16) == expected
+        assert noises.find(3, 16, ["b"]) == alone
+        with kept.path.open("a") as file:
+            file.write('\n{"bits": 3, "gro')  # cut by a kill
+    assert rounded == [(3, 16)] * 3
 
 
 def test_parts_and_a_mix_within_the_bytes(model, text):
@@ -224,6 +270,19 @@ def test_measures_go_on_after_a_kill(model, tmp_path, monkeypatch):
     assert list(measure_ways(bench, ways, path)) == whole
     assert asked == ways[1:]
     assert read_measured(path) == whole
+
+
+def test_a_disk_without_room_for_the_cache_is_told(model, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    bench = _bench(model)
+    monkeypatch.setattr(Path, "mkdir", fail)
+    with pytest.raises(DiskFullError, match=r"no room left to write .*measured\.jsonl: free some"):
+        next(measure_ways(bench, [Way("rtn", 2, 16)], tmp_path / "none" / "measured.jsonl"))
+    noises = Noises(bench.layers, KeptLines(tmp_path / "none" / "noises.jsonl"))
+    with pytest.raises(DiskFullError, match=r"no room left to write .*noises\.jsonl"):
+        noises.find(2, 16)
 
 
 def test_a_full_disk_keeps_what_was_measured(model, tmp_path, monkeypatch):

@@ -7,7 +7,8 @@ import pytest
 
 from mutirao.advise.choosing import Candidate
 from mutirao.advise.config import Outlook
-from mutirao.advise.prospects import look_ahead
+from mutirao.advise.findings import _about
+from mutirao.advise.prospects import OtherSize, Prospects, look_ahead
 from mutirao.advise.ways import Way
 from mutirao.precision.fit import Prediction
 from mutirao.precision.forms import published_priors
@@ -17,7 +18,7 @@ N = 1e8
 
 
 def _chosen(rise, bits=4):
-    prediction = Prediction(rise, rise * 0.8, rise * 1.2)
+    prediction = Prediction(rise, *sorted((rise * 0.8, rise * 1.2)))
     return Candidate(Way("gptq", bits, 32), 0.01, 10**8, 5.0, prediction, None)
 
 
@@ -48,6 +49,38 @@ def test_half_the_size_at_twice_the_bits():
     smaller = base.a * ((N / 2) ** -base.alpha - N**-base.alpha)
     assert half.change == pytest.approx(smaller - 0.02, abs=0.001)  # 8 bits cost next to nothing
     assert double.change > 0  # two bits cost more than twice the weights bring
+
+
+@pytest.mark.parametrize("rise", [0.02, -0.001])
+def test_other_sizes_have_the_interval_of_the_rise_and_of_its_exponent(rise):
+    prior = next(p for p in published_priors("per_cell") if p.parameter == "gamma_n")
+    chosen = _chosen(rise)
+    rises = np.linspace(0.8 * rise, 1.2 * rise, 41)
+    gammas = np.linspace(prior.mean - 1.96 * prior.sd, prior.mean + 1.96 * prior.sd, 41)
+    base = KUMAR.base
+    for other in look_ahead(chosen, int(N), Outlook()).other_sizes:
+        step = (2 ** (chosen.way.bits - 1) - 0.5) / (2 ** (other.bits - 1) - 0.5)
+        changes = [
+            base.a * ((N * other.size) ** -base.alpha - N**-base.alpha)
+            + nats * other.size**-gamma * step**2
+            - nats
+            for nats in rises
+            for gamma in gammas
+        ]
+        assert other.low == pytest.approx(min(changes), rel=1e-9)
+        assert other.high == pytest.approx(max(changes), rel=1e-9)
+        assert other.low < other.change < other.high
+
+
+def test_what_is_said_of_other_sizes_and_of_the_bill():
+    worse, unsure = OtherSize(0.5, 8, 0.12, 0.1, 0.15), OtherSize(2.0, 2, -0.01, -0.03, 0.02)
+    outlook = Outlook(training_tokens=1e10, num_requests=1e9)
+    bill = look_ahead(_chosen(0.02), int(1e9), outlook).bill
+    first, second, third = _about(Prospects(None, (worse, unsure), None, bill, ()))
+    assert "would lose about 0.12 nats (0.10 to 0.15)" in first
+    assert "may lose or gain against this choice: -0.01 nats of loss (-0.03 to +0.02)" in second
+    assert "has no interval" in third
+    assert "count as exact" in third
 
 
 def test_the_bill_by_hand():

@@ -15,12 +15,20 @@ from transformers import (
     Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    Qwen3Config,
 )
 
+from mutirao.compress.compression import compress_model
+from mutirao.compress.config import CompressConfig, DistillConfig
 from mutirao.compress.loss import measure_loss
 from mutirao.compress.training import following
 from mutirao.compress.training.distillation import distill
-from mutirao.compress.training.students import cut_model, largest_channels, spread_blocks
+from mutirao.compress.training.students import (
+    check_student,
+    cut_model,
+    largest_channels,
+    spread_blocks,
+)
 from mutirao.errors import DataError, InputError
 
 VOCABULARY = 50
@@ -251,6 +259,61 @@ def test_refuses_in_a_sentence(changes, num_windows, error, sentence):
     with pytest.raises(error, match=sentence):
         distill(teacher, None, make_windows(num_windows), make_config(**changes))
     assert is_same(teacher, before)
+
+
+@pytest.mark.parametrize(
+    ("method", "sizes", "sentence"),
+    [
+        ("distill", {"layers": 4}, "layers=4 is not accepted for a teacher of 4 blocks"),
+        ("distill", {"layers": 9, "hidden": 16}, r"layers=9 is not accepted .* from 1 to 4\)"),
+        ("distill", {"hidden": 64}, "hidden=64 is not accepted for a teacher of 32 channels"),
+        (
+            "distill",
+            {"hidden": 26},
+            r"hidden=26 is not accepted for a student of type 'llama' \(expected a multiple of "
+            r"its 4 attention heads\)$",
+        ),
+        ("distill,gptq", {"hidden": 24}, "group_size=16 does not divide the student's hidden=24"),
+    ],
+)
+def test_students_that_cannot_be_are_refused_before_anything_is_loaded(
+    method, sizes, sentence, tmp_path, monkeypatch
+):
+    def refuse(*_, **__):
+        raise AssertionError("loaded")
+
+    make_teacher().config.save_pretrained(tmp_path / "teacher")
+    monkeypatch.setattr("mutirao.compress.compression.load_causal_lm", refuse)
+    settings = {"group_size": 16} if "gptq" in method else {}
+    config = CompressConfig(method=method, distillation=DistillConfig(**sizes), **settings)
+    with pytest.raises(InputError, match=sentence):
+        compress_model(tmp_path / "teacher", tmp_path / "out", config, text=tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "sizes"),
+    [
+        ("distill", {}),
+        ("distill,gptq", {"layers": 4, "hidden": 16}),
+        ("share,distill", {}),
+        ("rtn", None),
+    ],
+)
+def test_students_that_can_be_are_not(method, sizes, tmp_path):
+    make_teacher().config.save_pretrained(tmp_path)
+    distillation = None if sizes is None else DistillConfig(**sizes)
+    settings = {"group_size": 16} if "gptq" in method else {}
+    check_student(tmp_path, CompressConfig(method=method, distillation=distillation, **settings))
+    check_student(tmp_path / "none", CompressConfig(method=method, distillation=distillation))
+
+
+def test_widths_need_be_multiples_of_heads_only_where_the_model_says_so(tmp_path):
+    Qwen3Config(
+        hidden_size=32, num_attention_heads=4, num_hidden_layers=2, head_dim=16
+    ).save_pretrained(tmp_path)
+    sizes = DistillConfig(layers=2, hidden=26)
+    check_student(tmp_path, CompressConfig(method="distill", distillation=sizes))
 
 
 def test_without_trl_says_what_to_install(monkeypatch):

@@ -189,3 +189,20 @@ def test_the_command(small, tmp_path):
     bad = runner.invoke(app, ["export", str(small), "--out", out, "--type", "q5_k"])
     assert "weight_type" in str(bad.exception)
     assert bad.exception.exit_code == 2
+
+
+def test_a_dry_run_refuses_what_the_export_would(small, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "notes.txt").write_text("mine")
+    runner = CliRunner()
+    for out in (tmp_path / "file", tmp_path / "folder", small):
+        said = set()
+        for more in ([], ["--dry-run"]):
+            told = runner.invoke(app, ["export", str(small), "--out", str(out), *more])
+            assert isinstance(told.exception, InputError)
+            said.add(str(told.exception))
+        assert len(said) == 1
+    (tmp_path / "empty").mkdir()
+    fine = runner.invoke(app, ["export", str(small), "--out", str(tmp_path / "empty"), "--dry-run"])
+    assert "would write" in fine.stdout

@@ -3,9 +3,10 @@
 import pytest
 
 from mutirao.artifact import write_artifact
+from mutirao.compress.config import CompressConfig
 from mutirao.config import parse_recipe
-from mutirao.demo.recipe import DemoRecipe
-from mutirao.demo.road import check_recipe
+from mutirao.demo.recipe import DemoRecipe, label_compressions
+from mutirao.demo.road import Road, check_recipe, compress_steps
 from mutirao.demo.run_folder import refuse_other_subject, remove_stale
 from mutirao.demo.steps import Step, do_step
 from mutirao.errors import InputError, RecipeError
@@ -65,3 +66,23 @@ def test_silos_that_train_in_turns_are_refused(tmp_path):
     recipe = parse_recipe(DemoRecipe, {"federated": {"turns": 2}})
     with pytest.raises(RecipeError, match="each silo alone"):
         check_recipe(recipe)
+
+
+def test_compressed_models_are_told_apart_by_method_where_they_share_bits(tmp_path):
+    assert label_compressions(DemoRecipe().compress) == ["8-bit", "4-bit", "3-bit"]
+    ways = [
+        CompressConfig(method="rtn"),
+        CompressConfig(method="nf4"),
+        CompressConfig(method="magnitude,rtn", bits=8),
+        CompressConfig(bits=3),
+        CompressConfig(method="fp8"),
+    ]
+    labels = ["rtn-4-bit", "nf4-4-bit", "magnitude+rtn-8-bit", "3-bit", "fp8-8-bit"]
+    steps = compress_steps(Road(DemoRecipe(compress=ways), tmp_path))
+    assert [step.path for step in steps[::2]] == [tmp_path / "compressed" / each for each in labels]
+    assert [step.path for step in steps[1::2]] == [
+        tmp_path / "evaluation" / each for each in labels
+    ]
+    for same in ([], [CompressConfig(), CompressConfig(group_size=64)]):
+        with pytest.raises(ValueError, match="by method and bits, and each once"):
+            DemoRecipe(compress=same)

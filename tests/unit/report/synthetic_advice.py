@@ -146,7 +146,7 @@ def make_advice() -> dict[str, Any]:
                 "would_hurt": None,
             },
             "other_sizes": [
-                {"size": 0.5, "bits": 8.0, "change": 0.1234},
+                {"size": 0.5, "bits": 8.0, "change": 0.1234, "low": 0.1011, "high": 0.1502},
                 {"size": 2.0, "bits": 2.0, "change": -0.0567},
             ],
             "qat_share": 0.17,

@@ -23,7 +23,7 @@ from mutirao.report.advice import (
 )
 from mutirao.report.advice.charts import law_line, law_points, layer_series
 from mutirao.report.advice.document import Interval
-from mutirao.report.advice.page import render_advice
+from mutirao.report.advice.page import prospect_rows, render_advice
 from mutirao.report.advice.rises import (
     in_percent,
     interval_words,
@@ -176,6 +176,16 @@ def test_bare_document_gives_a_page(tmp_path: Path) -> None:
         "predicted, not measured",
     ):
         assert words in page.text
+
+
+def test_what_has_an_interval_shows_it_and_what_has_none_says_so(tmp_path: Path) -> None:
+    advice = read_advice(write_advice(tmp_path / "advice", make_advice()))
+    half, double, *others = prospect_rows(advice)
+    assert half[2] == "+0.101 to +0.150 nats"
+    assert double[2] == "no interval"  # written by an earlier version
+    assert others[-1][2] == "no interval"
+    page = Page(render_advice(advice))
+    assert "This is arithmetic on them, so that it has no interval; how long" in page.text
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 import math
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 from synthetic_run import BASE_LOSSES, GAINS, NUM_ROUNDS, SILOS, make_text, write_synthetic_run
 
 from mutirao.artifact import write_artifact
@@ -21,6 +23,7 @@ from mutirao.report.summary import (
     is_clear,
     mean_over_silos,
 )
+from mutirao.report.terminal import print_summary
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +120,21 @@ def test_time_memory_and_auroc(summary: RunSummary) -> None:
     assert summary.mean_auroc() == pytest.approx((0.58, 0.76))
     assert summary.ceilings == {"hospital-us": 0.86, "research": 0.83, "school-india": 0.88}
     assert summary.synthetic_patients
+
+
+def test_mean_bits_of_a_mix_are_shown(tmp_path: Path) -> None:
+    for label, bits, size in (("4-bit", 3.4218, 64_000_000), ("8-bit", 8, 143_000_000)):
+        with write_artifact(tmp_path / "compressed" / label, "model") as writer:
+            (writer.path / "weights.txt").write_text("stand-in")
+            writer.metrics.update(weight_bits=bits, total_bytes=size, original_bytes=4 * size)
+    (tmp_path / "stages.json").write_text("[]")
+    eight, mixed = summarize(tmp_path).compressions
+    assert (eight.weight_bits, eight.words) == (8, "8-bit")
+    assert (mixed.label, mixed.words) == ("4-bit", "4-bit (mean 3.42)")
+    assert mixed.weight_bits == pytest.approx(3.4218)
+    console = Console(record=True, width=200, file=io.StringIO())
+    print_summary(summarize(tmp_path), console)
+    assert "4-bit (mean 3.42)" in console.export_text()
 
 
 def test_compression_is_measured_against_the_uncompressed_model(summary: RunSummary) -> None:

@@ -13,13 +13,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoConfig
 
 from mutirao.compress.blocks import decoder_blocks
-from mutirao.errors import FormatError, InputError
+from mutirao.compress.config import CompressConfig
+from mutirao.errors import FormatError, InputError, ShapeError
 from mutirao.models.head import split_model
 
 NUM_WINDOWS_SEEN = 16
@@ -68,7 +71,8 @@ def cut_model(teacher: Any, blocks: Sequence[int], channels_K: Tensor | None = N
         FormatError: a model of the mended configuration has no place for what is kept.
     """
     names = list(decoder_blocks(teacher))
-    config = _mended(teacher.config, blocks, len(names), channels_K)
+    width = None if channels_K is None else len(channels_K)
+    config = _mended(teacher.config, blocks, len(names), width)
     with torch.random.fork_rng():
         student = type(teacher)(config).to(teacher.device)
     student.generation_config = copy.deepcopy(teacher.generation_config)
@@ -83,6 +87,49 @@ def cut_model(teacher: Any, blocks: Sequence[int], channels_K: Tensor | None = N
     for name, tensor in own.items():
         tensor.data = _selected(name, given[name].detach(), tensor.shape, channels_K)
     return student.eval()
+
+
+def check_student(path: Path, config: CompressConfig) -> None:
+    """Refuse a student that could not be made, or not be rounded, before a model is loaded.
+
+    Args:
+        path: the teacher's directory, of which config.json alone is read; where that is no model,
+            nothing is said here.
+        config: its distillation is looked at where it makes a student of its own.
+
+    Raises:
+        InputError: the student would not be smaller, or no model of its type is so wide.
+        ShapeError: the group size of the rounding that follows does not divide its width.
+    """
+    sizes = config.distillation
+    if sizes is None or config.steps[0] != "distill":
+        return
+    try:
+        teacher = AutoConfig.from_pretrained(str(path), local_files_only=True).get_text_config()
+        num_blocks, width = int(teacher.num_hidden_layers), int(teacher.hidden_size)
+    except (OSError, ValueError, AttributeError, TypeError):
+        return  # loading it says what is wrong
+    num_kept = num_blocks // 2 if sizes.layers is None else sizes.layers
+    refuse_size(num_blocks, num_kept, sizes.hidden, width)
+    if sizes.hidden is None:
+        return
+    if config.group_size is not None and sizes.hidden % config.group_size:
+        raise ShapeError(
+            f"compress.group_size={config.group_size} does not divide the student's hidden="
+            f"{sizes.hidden} channels; choose a multiple of it, or another group size"
+        )
+    mended = _mended(teacher, spread_blocks(num_blocks, num_kept), num_blocks, sizes.hidden)
+    try:
+        type(teacher).from_dict(mended.to_dict())
+    except Exception as error:  # each type of model refuses in its own way
+        heads = getattr(teacher, "num_attention_heads", None)
+        expected = "another width"
+        if heads and sizes.hidden % heads:
+            expected = f"a multiple of its {heads} attention heads"
+        raise InputError(
+            f"hidden={sizes.hidden} is not accepted for a student of type "
+            f"{teacher.model_type!r} (expected {expected})"
+        ) from error
 
 
 def refuse_size(num_blocks: int, num_kept: int, hidden: int | None, width: int) -> None:
@@ -103,17 +150,17 @@ def refuse_size(num_blocks: int, num_kept: int, hidden: int | None, width: int) 
         )
 
 
-def _mended(config: Any, blocks: Sequence[int], num_blocks: int, channels_K: Tensor | None) -> Any:
+def _mended(config: Any, blocks: Sequence[int], num_blocks: int, width: int | None) -> Any:
     """Return a configuration for what is kept; lists that tell of every block are cut alike."""
     mended = copy.deepcopy(config)
     mended.num_hidden_layers = len(blocks)
     for name, value in list(vars(config).items()):
         if "layer" in name and isinstance(value, list | tuple) and len(value) == num_blocks:
             setattr(mended, name, type(value)(value[index] for index in blocks))
-    if channels_K is not None:
+    if width is not None:
         own = getattr(config, "head_dim", None)
         mended.head_dim = own or config.hidden_size // config.num_attention_heads
-        mended.hidden_size = len(channels_K)
+        mended.hidden_size = width
     return mended
 
 

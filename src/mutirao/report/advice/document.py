@@ -170,6 +170,9 @@ class OtherSize:
     size: float
     bits: float
     change: float
+    low: float | None = None
+    """Both ends of its 95 % interval; None in what earlier versions wrote."""
+    high: float | None = None
 
 
 @dataclass(frozen=True)

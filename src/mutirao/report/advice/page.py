@@ -21,7 +21,7 @@ from mutirao.artifact import write_atomic
 from mutirao.console import format_bytes
 from mutirao.report import wording
 from mutirao.report.advice.charts import draw_advice, law_points
-from mutirao.report.advice.document import AdviceDocument, Interval, Span, read_advice
+from mutirao.report.advice.document import AdviceDocument, Interval, OtherSize, Span, read_advice
 from mutirao.report.advice.rises import (
     in_percent,
     interval_words,
@@ -149,7 +149,7 @@ def prospect_rows(advice: AdviceDocument) -> list[tuple[str, str, str]]:
             (
                 f"A model {size} as large, at {other.bits:g} bits",
                 f"{verb} {abs(other.change):.3f} nats per token against this choice ({share})",
-                "no interval",
+                _change_words(other),
             )
         )
     more = found.more_training
@@ -178,8 +178,16 @@ def prospect_rows(advice: AdviceDocument) -> list[tuple[str, str, str]]:
     elif bill is not None:
         requests = bill.break_even_requests
         when = "never" if requests is None else f"from {number_words(requests)} requests on"
-        rows.append(("A model half as large, trained to the same loss", f"costs less {when}", ""))
+        rows.append(
+            ("A model half as large, trained to the same loss", f"costs less {when}", "no interval")
+        )
     return rows
+
+
+def _change_words(other: OtherSize) -> str:
+    if other.low is None or other.high is None:
+        return "no interval"
+    return f"{wording.signed(other.low)} to {wording.signed(other.high)} nats"
 
 
 def advice_json(advice: AdviceDocument) -> dict[str, Any]:
