@@ -30,8 +30,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)  ## the whole road on real text and a real model
 	$(BIN)/mutirao demo $(ARGS)
 
-test: $(INSTALLED)  ## the tests, without the slow ones
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+test: $(INSTALLED)  ## the tests, without the slow ones, on two cores
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
+	  -m "not slow and not gpu and not alone"
+	$(BIN)/python -m pytest -m "alone and not slow and not gpu" \
+	  $$(grep -rl --include="test_*.py" "mark\.alone" tests)
 
 test-slow: $(INSTALLED)  ## the slow tests: the demonstration itself, faults in mid-run
 	$(BIN)/python -m pytest -m "slow" --timeout 1800

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ import pytest
 from mutirao.environment import silence
 
 silence()
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several: each has a core, not all of them
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")

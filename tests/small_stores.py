@@ -178,6 +178,15 @@ def put_matrix(
             sums[extent.checksums + slab] = checksum(data[begin : begin + slab_bytes])
 
 
+def has_kernels() -> bool:
+    """Whether the native library is there, or can be compiled."""
+    try:
+        load_library()
+    except MissingKernelError:
+        return False
+    return True
+
+
 def skip_without_kernels() -> None:
     """Skip a test that needs the native library, saying why it is not there."""
     try:

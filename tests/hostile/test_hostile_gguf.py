@@ -16,6 +16,7 @@ from mutirao.formats.gguf_header import GGUFHeader, read_gguf_header
 
 NUM_MUTATIONS = 2000
 LIMIT_S = 2.0
+"""Of processor time, for a file of a few kilobytes."""
 
 
 @pytest.fixture(scope="module")
@@ -45,12 +46,12 @@ def valid(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 def is_accepted(path: Path, data: bytes) -> bool:
     """Whether the file is read; anything but a summary or FormatError fails the test."""
     path.write_bytes(data)
-    begin = time.perf_counter()
+    begin = time.process_time()
     try:
         summary = check_gguf(path)
     except FormatError as error:
         summary, message = None, str(error)
-    assert time.perf_counter() - begin < LIMIT_S
+    assert time.process_time() - begin < LIMIT_S
     if summary is None:
         assert str(path) in message
         assert len(message) < len(str(path)) + 500
@@ -62,12 +63,12 @@ def is_accepted(path: Path, data: bytes) -> bool:
 
 def check_header(path: Path) -> None:
     """What the reader with all values says of a file must hold, or the file be refused."""
-    begin = time.perf_counter()
+    begin = time.process_time()
     try:
         header = read_gguf_header(path)
     except FormatError as error:
         header, message = None, str(error)
-    assert time.perf_counter() - begin < LIMIT_S
+    assert time.process_time() - begin < LIMIT_S
     if header is None:
         assert str(path) in message  # a value that the check steps over is damaged
     else:

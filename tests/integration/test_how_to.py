@@ -10,11 +10,16 @@ from pathlib import Path
 
 import pytest
 from small_road import SMALL_RECIPE, write_silo
+from small_stores import has_kernels
+from synthetic_gguf import engine_home
 from tiny_trained import make_text, write_trained
+from warm_commands import warm_commands
 
 FOLDER = Path(__file__).parents[2] / "docs" / "how-to"
 PAGES = sorted({*FOLDER.glob("*.md")} - {FOLDER / "three-sites.md"})  # test_three_sites.py
 SLOW = {"own-folders"}  # the whole road, which test_road.py also takes
+WARM = {"advise", "all-weights", "compress", "export", "federation-report"}
+"""Pages of many commands that load a model in PyTorch."""
 pytestmark = pytest.mark.timeout(900)
 
 
@@ -29,15 +34,34 @@ def _settings(model):
     return re.sub(r"\[silos\].*?\n\n", "", recipe, flags=re.DOTALL)
 
 
+@pytest.fixture(scope="module")
+def probed(tmp_path_factory):
+    """A folder with a home where this machine has been probed; nothing without kernels."""
+    folder = tmp_path_factory.mktemp("probed")
+    if has_kernels():
+        with engine_home(folder / "home", num_threads=len(os.sched_getaffinity(0))):
+            pass
+    return folder
+
+
+@pytest.fixture(scope="module")
+def warm():
+    with warm_commands() as folder:
+        yield folder
+
+
 @pytest.mark.parametrize("page", [_marked(page) for page in PAGES])
-def test_commands_run_as_printed(page, tmp_path, tiny_model_directory):
+def test_commands_run_as_printed(page, tmp_path, tiny_model_directory, probed, request):
     write_silo(tmp_path / "clinic", 0)
     write_silo(tmp_path / "laboratory", 500)
     (tmp_path / "recipe.toml").write_text(_settings(tiny_model_directory))
-    scripts = Path(sys.executable).parent
+    shutil.copytree(probed, tmp_path, dirs_exist_ok=True)
+    paths = [str(Path(sys.executable).parent), os.environ["PATH"]]
+    if page.stem in WARM:
+        paths.insert(0, str(request.getfixturevalue("warm")))
     environment = {
         **os.environ,
-        "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}",
+        "PATH": os.pathsep.join(paths),
         "MUTIRAO_HOME": str(tmp_path / "home"),
     }
     if page.stem == "advise":  # a random model loses nothing by rounding

@@ -315,6 +315,7 @@ def test_pieces_come_while_they_are_generated(gated):
     assert next(stream).choices[0].finish_reason == "stop"
 
 
+@pytest.mark.alone
 def test_a_client_that_leaves_a_stream_stops_it(gated):
     stream = gated.chat("a b c d e f g h", stream=True)
     gated.engine.gate.release()
@@ -326,6 +327,7 @@ def test_a_client_that_leaves_a_stream_stops_it(gated):
     assert gated.engine.num_generated <= 2
 
 
+@pytest.mark.alone
 def test_a_client_that_leaves_an_answer_stops_it(gated):
     body = json.dumps({"model": "tiny", "messages": [{"role": "user", "content": "a b c d e"}]})
     connection = gated.socket(body.encode())
@@ -337,6 +339,7 @@ def test_a_client_that_leaves_an_answer_stops_it(gated):
     assert gated.engine.num_generated == 1
 
 
+@pytest.mark.alone
 def test_one_at_a_time_in_order_and_one_too_many_is_refused(gated):
     replies = {}
 
@@ -364,6 +367,7 @@ def test_one_at_a_time_in_order_and_one_too_many_is_refused(gated):
     ]
 
 
+@pytest.mark.alone
 def test_who_leaves_the_line_gives_up_the_place(gated):
     first = gated.chat("first here", stream=True)
     next(first)

@@ -18,6 +18,7 @@ def mutirao(*arguments, **options):
     )
 
 
+@pytest.mark.alone
 def test_help_answers_in_half_a_second():
     times = []
     for _ in range(5):

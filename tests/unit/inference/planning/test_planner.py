@@ -298,25 +298,29 @@ def _write_config(folder, config):
 
 def test_a_configuration_alone_is_planned_in_the_usual_quantizations(planned, tmp_path):
     folder = _write_config(tmp_path / "Qwen", QWEN_CONFIG)
-    for text in (str(folder), str(folder / "config.json")):
-        found = planned(text, memory_bytes=900 * 10**6)
-        assert found.name == "Qwen"
-        assert tuple(found.models) == USUAL
-        assert found.models["BF16"][1].best.name in (PINNED, SPECULATION)
-        assert "* an assumption" in " ".join(found.notes())
-        assert any("assumed, as llama.cpp" in note for note in found.notes())
-        json.dumps(found.to_json())
+    found = planned(str(folder), memory_bytes=900 * 10**6)
+    assert found.name == "Qwen"
+    assert tuple(found.models) == USUAL
+    assert found.models["BF16"][1].best.name in (PINNED, SPECULATION)
+    assert "* an assumption" in " ".join(found.notes())
+    assert any("assumed, as llama.cpp" in note for note in found.notes())
+    json.dumps(found.to_json())
+    by_file = planned(str(folder / "config.json"), memory_bytes=900 * 10**6, quantizations=["Q8_0"])
+    assert by_file.name == "Qwen"
+    assert by_file.models["Q8_0"] == found.models["Q8_0"]
+    assert by_file.notes()[0] in found.notes()
 
 
 def test_what_does_not_run_in_the_memory_is_told_beside_what_does(planned, tmp_path):
     folder = _write_config(tmp_path / "big", LLAMA_70B_CONFIG)
-    found = planned(str(folder), memory_bytes=830 * 10**6)
+    memory = {"memory_bytes": 830 * 10**6}
+    found = planned(str(folder), **memory, quantizations=["BF16", "Q4_0"])
     by_name = {each["quantization"]: each for each in found.to_json()["quantizations"]}
     assert by_name["BF16"]["chosen"] is None
-    assert by_name["BF16"]["least_memory_bytes"] > 830 * 10**6
+    assert by_name["BF16"]["least_memory_bytes"] > memory["memory_bytes"]
     assert by_name["Q4_0"]["chosen"] == PINNED
     with pytest.raises(TooLittleMemoryError):
-        planned(str(folder), memory_bytes=830 * 10**6, quantizations=["BF16"])
+        planned(str(folder), **memory, quantizations=["BF16"])
 
 
 def test_one_quantization_can_be_asked_for(planned, tmp_path):
