@@ -13,6 +13,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -137,9 +138,13 @@ class Machine:
         tiles_s = per_tile[tiles[0]] + again * sum(per_tile[size] for size in tiles[1:])
         return num_weights * tiles_s
 
+    @cached_property
+    def _products_by_key(self) -> dict[tuple[str, tuple[int, ...]], Sequence[float]]:
+        return {(each.format, each.widths): each.s_per_weight for each in self.products}
+
     def _costs(self, format_name: str, widths: tuple[int, ...]) -> Sequence[float]:
         """Return the times of an arrangement; of one not measured, by its like of the same bits."""
-        by_key = {(each.format, each.widths): each.s_per_weight for each in self.products}
+        by_key = self._products_by_key
         if (format_name, widths) in by_key:
             return by_key[format_name, widths]
         form = find_format(format_name)
