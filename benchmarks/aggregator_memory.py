@@ -15,6 +15,8 @@ from pathlib import Path
 import psutil
 
 EVERY_S = 0.2
+LEAST_REST = 9
+"""Times what a sample took: the kernel walks all pages of a process, which halts meanwhile."""
 
 
 class MemorySampler:
@@ -50,7 +52,8 @@ class MemorySampler:
         while not self._stop.is_set():
             begin_s = time.monotonic()
             self._sample()
-            self._stop.wait(max(0.0, EVERY_S - (time.monotonic() - begin_s)))
+            took_s = time.monotonic() - begin_s
+            self._stop.wait(max(EVERY_S - took_s, LEAST_REST * took_s))
 
     def _sample(self) -> None:
         parts: dict[str, int] = {}
