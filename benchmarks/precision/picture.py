@@ -14,6 +14,7 @@ from mutirao.precision.rows import Measurement
 
 COLOURS = {"rtn": "#2f6db3", "gptq": "#b8326a"}
 MARKERS = {2: "o", 3: "s", 4: "^", 5: "D"}
+WIDTHS = ("#2f6db3", "#b8326a", "#3a8a5f")
 SHOWN = "gptq/32/3"
 
 
@@ -30,6 +31,7 @@ def draw(fitted: Sequence[Measurement], judged: dict[str, Any], path: Path) -> N
 
 
 def _draw_growth(axes: Any, fitted: Sequence[Measurement]) -> None:
+    sizes = sorted({row.query.num_params for row in fitted})
     for run in sorted({row.run for row in fitted}):
         rows = sorted(
             (row for row in fitted if row.run == run and row.query.cell == SHOWN),
@@ -40,11 +42,12 @@ def _draw_growth(axes: Any, fitted: Sequence[Measurement]) -> None:
             [row.degradation for row in rows],
             [1.96 * row.standard_error for row in rows],
             fmt="o-",
-            label=run,
+            color=WIDTHS[sizes.index(rows[0].query.num_params)],
+            label=f"{rows[0].query.num_params / 1e6:.2f} million weights",
         )
     axes.set(xscale="log", yscale="log", xlabel="million bytes trained on")
     axes.set(ylabel="rise of the loss, nats per byte", title="GPTQ, 3 bits in groups of 32")
-    axes.legend(frameon=False)
+    _label(axes)
 
 
 def _draw_against(axes: Any, judged: dict[str, Any]) -> None:
@@ -66,6 +69,11 @@ def _draw_against(axes: Any, judged: dict[str, Any]) -> None:
     axes.set(xscale="log", yscale="log", xlim=ends, ylim=ends)
     axes.set(xlabel="measured rise, nats per byte", ylabel="foretold, with 95 % interval")
     axes.set_title(f"held-out runs, form {judged['chosen']}")
+    _label(axes)
+
+
+def _label(axes: Any) -> None:
+    """Name each kind once."""
     handles, labels = axes.get_legend_handles_labels()
     first = {label: handle for handle, label in zip(handles, labels, strict=True)}
-    axes.legend(first.values(), first.keys(), frameon=False)
+    axes.legend(first.values(), first.keys(), frameon=True, framealpha=0.8, edgecolor="none")
