@@ -12,6 +12,8 @@ from mutirao.environment import silence
 silence()
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of several: each has a core, not all of them
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    for size in ("COLUMNS", "LINES"):  # of the terminal, which workers do not write to
+        os.environ.pop(size, None)
 
 
 @pytest.fixture(scope="session")
