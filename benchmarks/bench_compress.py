@@ -27,7 +27,7 @@ SETTINGS: dict[str, list[str]] = {
     **{
         f"{method.replace(',', '+')}-{bits}": ["--method", method, "--bits", str(bits)]
         for bits in (4, 3, 2)
-        for method in ("rtn", "gptq", "awq", "awq,gptq")
+        for method in ("rtn", "gptq", "awq", "awq,gptq", "gptq,tune")
     },
     "rtn-8": ["--method", "rtn", "--bits", "8"],
     "fp8": ["--method", "fp8"],

@@ -34,15 +34,14 @@ from precision.settled import (
 
 from mutirao.errors import InputError
 from mutirao.precision.comparison import compare_forms
-from mutirao.precision.fit import FittedForm
-from mutirao.precision.mixed import AveragedFit, MixedFit
+from mutirao.precision.fit import Predictor
 from mutirao.precision.regression import FitConfig
 from mutirao.precision.rows import Measurement, Query, select_significant
 
 DATA = Path(__file__).parents[1] / "docs" / "benchmarks" / "data" / "precision"
 QUICK = FitConfig(num_resamples=20)
 """Where only the central estimate counts."""
-Fits = dict[str, FittedForm | MixedFit | AveragedFit]
+Fits = dict[str, Predictor]
 
 
 def main() -> None:
@@ -219,7 +218,7 @@ def _cell(asked: Query) -> str:
 
 def _is_as_foretold(
     settled: Round,
-    fit: FittedForm | MixedFit | AveragedFit,
+    fit: Predictor,
     rows: Sequence[Measurement],
     before: dict[str, Any],
 ) -> bool:
@@ -237,9 +236,7 @@ def _is_as_foretold(
     return True
 
 
-def _budgets(
-    settled: Round, fit: FittedForm | MixedFit | AveragedFit, rows: Sequence[Measurement]
-) -> dict[str, Any]:
+def _budgets(settled: Round, fit: Predictor, rows: Sequence[Measurement]) -> dict[str, Any]:
     """Return in how many budgets the number of bits with the least predicted rise is right."""
     sizes = {SIZES[name].num_parameters: name for name in settled.held_out_sizes}
 

@@ -32,7 +32,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mutirao.precision.fit import FittedForm, fit_form
+from mutirao.precision.fit import Predictor, fit_form
 from mutirao.precision.forms import Form, Prior, find_form, published_priors
 from mutirao.precision.mixed import AveragedFit, MixedFit, fit_mixed
 from mutirao.precision.number_formats import integer_format
@@ -183,7 +183,7 @@ def share_of_bytes(asked: Query, size: str) -> float:
 
 def fit(
     form: str | Form, rows: Sequence[Measurement], config: FitConfig | None = None
-) -> FittedForm | MixedFit | AveragedFit:
+) -> Predictor:
     """Fit a form with published priors of its exponents."""
     if form is AVERAGED:
         return AveragedFit(

@@ -25,11 +25,12 @@ from torch import Tensor, nn
 
 from mutirao.artifact import MANIFEST_NAME, open_artifact, write_artifact
 from mutirao.compress.blocks import linear_layers
-from mutirao.compress.config import CompressConfig, TextConfig
+from mutirao.compress.config import TUNE, CompressConfig, TextConfig
 from mutirao.compress.loss import measure_loss
 from mutirao.compress.rounding.nf4 import import_functional
 from mutirao.compress.shrinking.sharing import named_weights
 from mutirao.compress.steps import bits_by_layer, change_model, check_finite, round_model
+from mutirao.compress.training.following import import_optional
 from mutirao.compress.training.students import check_student
 from mutirao.compress.windows import Windows, read_windows
 from mutirao.compress.writing import count_zeros, ideal_bytes, stored_tensors, write_companions
@@ -178,6 +179,10 @@ def _refuse_incomplete(config: CompressConfig, text: Path | None) -> None:
         )
     if config.rounder == "nf4":
         import_functional()
+    if not {"distill", "qat", TUNE}.isdisjoint(config.steps):
+        import_optional("teacher_trainer", "TRL")
+    if "qat" in config.steps:
+        import_optional("fake_rounding", "torchao")
 
 
 def refuse_quantized(path: Path) -> None:

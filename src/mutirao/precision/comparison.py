@@ -17,8 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mutirao.errors import InputError
-from mutirao.precision.fit import FittedForm
-from mutirao.precision.mixed import AveragedFit, MixedFit
+from mutirao.precision.fit import Predictor
 from mutirao.precision.rows import Measurement, select_significant
 
 Floats = NDArray[np.float64]
@@ -62,7 +61,7 @@ class Comparison:
 
 
 def compare_forms(
-    fits: Sequence[FittedForm | MixedFit | AveragedFit],
+    fits: Sequence[Predictor],
     held_out: Sequence[Measurement],
     *,
     extrapolate_factor: float = 1.0,
@@ -107,7 +106,7 @@ def compare_forms(
 
 
 def _judge(
-    fit: FittedForm | MixedFit | AveragedFit, rows: Sequence[Measurement], extrapolate_factor: float
+    fit: Predictor, rows: Sequence[Measurement], extrapolate_factor: float
 ) -> tuple[Floats, NDArray[np.bool_]]:
     """Return absolute relative errors, and which rows lie within their interval."""
     measured = np.array([row.degradation for row in rows])

@@ -18,11 +18,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from scipy.stats import t as student_t  # type: ignore[import-untyped]
 
-from mutirao.errors import InputError, OutOfRangeError
+from mutirao.errors import InputError
 from mutirao.precision.forms import Form, Prior, find_form
 from mutirao.precision.regression import FitConfig, Floats, Regression
 from mutirao.precision.rows import CalibratedRange, Measurement, Query, select_significant
@@ -39,6 +40,22 @@ class Prediction:
     """Central estimate: the geometric mean, which is also the median."""
     low: float
     high: float
+
+
+class Predictor(Protocol):
+    """What was fitted, in whatever way; ``FittedForm`` is one."""
+
+    @property
+    def form(self) -> Form: ...
+
+    @property
+    def parameters(self) -> dict[str, float]: ...
+
+    def standard_errors(self) -> dict[str, float]: ...
+
+    def predict(
+        self, query: Query, *, extrapolate_factor: float = 1.0, relative_error: float = 0.0
+    ) -> Prediction: ...
 
 
 @dataclass(frozen=True)
@@ -80,13 +97,7 @@ class FittedForm:
             InputError: the form needs something that the query does not tell.
         """
         self.range.check(query, extrapolate_factor)
-        terms = self.form.terms(query)
-        if unknown := terms.keys() - self.parameters.keys():
-            raise OutOfRangeError(
-                f"{query.cell} was not calibrated: the form {self.form.name} has no "
-                f"{', '.join(sorted(unknown))} (expected a way of rounding that was measured)"
-            )
-        coefficients = np.array([terms.get(name, 0.0) for name in self.parameters])
+        coefficients = self.form.coefficients(query, self.parameters)
         known = self.form.offset(query)
         center = known + float(coefficients @ np.fromiter(self.parameters.values(), float))
         draws = known + self.resampled @ coefficients

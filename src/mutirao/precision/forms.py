@@ -24,11 +24,14 @@ C is one for each method, since methods differ in how much they lose, unless sai
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
 
-from mutirao.errors import InputError
+import numpy as np
+from numpy.typing import NDArray
+
+from mutirao.errors import InputError, OutOfRangeError
 from mutirao.precision.law import CHEN_W4A4, CHEN_W4A16, KUMAR, OUYANG
 from mutirao.precision.rows import Measurement, Query
 
@@ -69,6 +72,21 @@ class Form:
     """Starts of names of parameters that are drawn towards zero."""
     select: Callable[[Sequence[Measurement]], list[Measurement]] = _all_rows
     """The rows that are fitted."""
+
+    def coefficients(self, query: Query, parameters: Iterable[str]) -> NDArray[np.float64]:
+        """Return (P,) the coefficients of fitted parameters, by their names.
+
+        Raises:
+            OutOfRangeError: the query needs a parameter that was not fitted.
+            InputError: the form needs something that the query does not tell.
+        """
+        terms, names = self.terms(query), list(parameters)
+        if unknown := terms.keys() - set(names):
+            raise OutOfRangeError(
+                f"{query.cell} was not calibrated: the form {self.name} has no "
+                f"{', '.join(sorted(unknown))} (expected a way of rounding that was measured)"
+            )
+        return np.array([terms.get(name, 0.0) for name in names])
 
 
 def _constant(query: Query) -> Terms:

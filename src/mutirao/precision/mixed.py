@@ -24,7 +24,7 @@ import numpy as np
 from scipy.linalg import cho_factor, cho_solve  # type: ignore[import-untyped]
 from scipy.optimize import minimize  # type: ignore[import-untyped]
 
-from mutirao.errors import InputError, OutOfRangeError
+from mutirao.errors import InputError
 from mutirao.precision.fit import Prediction
 from mutirao.precision.forms import Form, Prior
 from mutirao.precision.regression import Floats
@@ -70,13 +70,7 @@ class MixedFit:
             InputError: the form needs something that the query does not tell.
         """
         self.range.check(query, extrapolate_factor)
-        terms = self.form.terms(query)
-        if unknown := terms.keys() - self.parameters.keys():
-            raise OutOfRangeError(
-                f"{query.cell} was not calibrated: the form {self.form.name} has no "
-                f"{', '.join(sorted(unknown))} (expected a way of rounding that was measured)"
-            )
-        terms_P = np.array([terms.get(name, 0.0) for name in self.parameters])
+        terms_P = self.form.coefficients(query, self.parameters)
         center = self.form.offset(query) + float(terms_P @ np.array([*self.parameters.values()]))
         variance = float(terms_P @ self.covariance @ terms_P) + relative_error**2
         variance += sum(self.spreads[share] ** 2 for share in SHARES)

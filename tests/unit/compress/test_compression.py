@@ -439,3 +439,22 @@ def test_the_command_gives_each_step_its_options(tmp_path, monkeypatch):
         result = CliRunner().invoke(app, [*command, "rtn", *option.split()])
         assert isinstance(result.exception, RecipeError)
         assert "which compress.method=rtn does not have" in str(result.exception)
+
+
+@pytest.mark.parametrize("method", ["gptq,tune", "distill", "qat,rtn"])
+def test_a_package_that_is_missing_is_named_before_anything_is_loaded(
+    tiny_model_directory, tmp_path, monkeypatch, method
+):
+    modules = __import__("sys").modules
+    monkeypatch.setitem(modules, "trl", None)
+    monkeypatch.delitem(modules, "mutirao.compress.training.teacher_trainer", raising=False)
+    monkeypatch.setattr("mutirao.compress.compression.load_causal_lm", lambda *_, **__: 1 / 0)
+    with pytest.raises(InputError, match=r"TRL, which cannot be imported .* pip install"):
+        compress_model(
+            tiny_model_directory,
+            tmp_path / "small",
+            CompressConfig(method=method),
+            text=_text(tmp_path),
+            text_config=TEXT,
+        )
+    assert not (tmp_path / "small").exists()
