@@ -29,7 +29,7 @@ from mutirao.compress.windows import Windows
 from mutirao.models.arithmetic import fast_dtype
 from mutirao.models.head import split_model
 
-METHODS_VERSION = 1
+METHODS_VERSION = 2
 """To be raised with every change of a way of rounding: older measures are then not used."""
 
 

@@ -9,8 +9,9 @@ Shapes: W windows, T tokens, D channels, I inputs of a layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -78,6 +79,17 @@ def replaced_layers(model: nn.Module, others: Mapping[str, nn.Module]) -> Iterat
             model.set_submodule(name, layer)
 
 
+@contextmanager
+def hooked(handles: Iterable[Any]) -> Iterator[None]:
+    """Let hooks be there for a while, and take them away afterwards."""
+    held = list(handles)
+    try:
+        yield
+    finally:
+        for handle in held:
+            handle.remove()
+
+
 @torch.no_grad()
 def walk_blocks(model: Any, ids_WT: Tensor, visit: Visit, *, windows_per_pass: int = 4) -> None:
     """Visit each block with what comes into its layers; ``visit`` may change the block.
@@ -92,55 +104,55 @@ def walk_blocks(model: Any, ids_WT: Tensor, visit: Visit, *, windows_per_pass: i
         FormatError: see ``decoder_blocks``.
     """
     blocks = decoder_blocks(model)
-    passes = [_enter(model, blocks, ids) for ids in torch.split(ids_WT, windows_per_pass)]
+    passes = [enter(model, blocks, ids) for ids in torch.split(ids_WT, windows_per_pass)]
     for name, block in blocks.items():
-        visit(name, block, _observe(block, passes))
+        visit(name, block, observe(name, block, passes))
         for one in passes:
-            one.states = _through(block, one)
+            one.states = one.through(name, block)
 
 
-class _Pass:
+@dataclass
+class Pass:
     """Windows on their way: the states between blocks, and what else each block is called with.
 
     Blocks of different kinds (Gemma 3's, with a sliding window or without) are called with other
     masks and positions.
     """
 
-    def __init__(self) -> None:
-        self.states = torch.empty(0)
-        self.others: dict[int, dict[str, Any]] = {}
+    states: Tensor
+    """(W, T, D) that the next block takes."""
+    others: dict[str, dict[str, Any]]
+    """By the block's name."""
+
+    def through(self, name: str, block: nn.Module) -> Tensor:
+        """Return what a block, or another in its place, makes of the states."""
+        result = block(self.states, **self.others[name])
+        states: Tensor = result[0] if isinstance(result, tuple) else result
+        return states
 
 
-def _enter(model: Any, blocks: Mapping[str, nn.Module], ids_WT: Tensor) -> _Pass:
-    one = _Pass()
+def enter(model: Any, blocks: Mapping[str, nn.Module], ids_WT: Tensor) -> Pass:
+    """Return windows as they come to the first block."""
+    one = Pass(torch.empty(0), {})
+    names = {id(block): name for name, block in blocks.items()}
 
     def catch(block: nn.Module, args: tuple[Any, ...], others: dict[str, Any]) -> None:
         others = dict(others)
         states = args[0] if args else others.pop("hidden_states")
         if not one.others:
             one.states = states
-        one.others[id(block)] = others
+        one.others[names[id(block)]] = others
 
     decoder, _ = split_model(model)
     device = next(decoder.parameters()).device
-    handles = [
+    with hooked(
         block.register_forward_pre_hook(catch, with_kwargs=True) for block in blocks.values()
-    ]
-    try:
+    ):
         decoder(input_ids=ids_WT.to(device), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
     return one
 
 
-def _through(block: nn.Module, one: _Pass) -> Tensor:
-    result = block(one.states, **one.others[id(block)])
-    states: Tensor = result[0] if isinstance(result, tuple) else result
-    return states
-
-
-def _observe(block: nn.Module, passes: list[_Pass]) -> dict[str, Tensor]:
+def observe(name: str, block: nn.Module, passes: list[Pass]) -> dict[str, Tensor]:
     """Return the mean of x x^T over all tokens, for the input x of each linear layer."""
     layers = {name: each for name, each in block.named_modules() if isinstance(each, nn.Linear)}
     grams: dict[str, Tensor] = {}
@@ -163,15 +175,11 @@ def _observe(block: nn.Module, passes: list[_Pass]) -> dict[str, Tensor]:
 
         return add
 
-    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
-    try:
+    with hooked(layer.register_forward_pre_hook(hook(each)) for each, layer in layers.items()):
         for one in passes:
-            _through(block, one)
+            one.through(name, block)
             num_tokens += one.states.shape[0] * one.states.shape[1]
             latest.clear()
-    finally:
-        for handle in handles:
-            handle.remove()
     for gram in grams.values():
         gram /= num_tokens
     return grams | {name: grams[other] for name, other in same_as.items()}

@@ -30,7 +30,7 @@ from mutirao.errors import DataError, DiskFullError, InputError, ShapeError
 from mutirao.formats.huggingface import load_causal_lm
 from mutirao.models.causal import CausalModel
 
-TEXT = TextConfig(window_tokens=32, calibration_windows=16, heldout_windows=24)
+TEXT = TextConfig(window_tokens=32, calibration_windows=16, heldout_windows=96)
 CONFIG = AdviseConfig(group_sizes=(16, 32), text=TEXT)
 
 
@@ -42,7 +42,7 @@ def model(tiny_model_directory, tmp_path_factory):
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(make_text(1200))
+    path.write_text(make_text(3600))
     return path
 
 
@@ -245,7 +245,7 @@ def test_an_interval_that_is_asked_for_takes_more_windows(model, text):
     way = Way("rtn", 4, 16)
     loss = bench.measure(way).loss
     half = 1.96 * loss.standard_error / loss.original
-    for share, expected in ((1.5, 24), (1 / 1.2, 35)):  # 24 windows times 1.2 squared
+    for share, expected in ((1.5, 96), (1 / 1.2, 139)):  # 96 windows times 1.2 squared
         config = CONFIG.model_copy(update={"half_width": half * share})
         windows = advice_module._enough(bench, way, model, text, encoder, config)
         assert len(windows.heldout) == expected

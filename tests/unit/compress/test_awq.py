@@ -13,11 +13,10 @@ from mutirao.compress.rounding.awq import (
     PAIRS,
     best_scale,
     foldable_pairs,
-    output_error,
     scale_block,
 )
 from mutirao.compress.rounding.by_blocks import round_by_blocks
-from mutirao.compress.rounding.grid import full_grid, quantize_weight, round_to_grid
+from mutirao.compress.rounding.grid import full_grid, output_error, quantize_weight, round_to_grid
 
 IDS = torch.randint(0, 90, (6, 24), generator=torch.Generator().manual_seed(0))
 SIZES = {

@@ -4,8 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from mutirao.compress.rounding.gptq import gptq_weight
-from mutirao.compress.rounding.grid import best_grid, full_grid, quantize_weight, round_to_grid
+from mutirao.compress.rounding.gptq import SHORTEST, fit_scales, fitted_gptq, gptq_weight
+from mutirao.compress.rounding.grid import (
+    best_grid,
+    full_grid,
+    output_error,
+    quantize_weight,
+    round_to_grid,
+)
 from mutirao.errors import DataError
 
 
@@ -117,3 +123,62 @@ def test_the_best_grid_is_at_least_as_good_as_the_full_one(bits):
     assert bool((best <= full + 1e-7).all())
     if bits == 2:
         assert float(best.sum()) < 0.8 * float(full.sum())
+
+
+@pytest.mark.parametrize("group_size", [8, None])
+def test_fitted_scales_are_those_of_least_squares(group_size, monkeypatch):
+    monkeypatch.setattr("mutirao.compress.rounding.gptq.NUMBERS_AT_ONCE", 500)  # a few rows
+    x = _inputs(300, 32).double()
+    weight = torch.randn(7, 32, generator=torch.Generator().manual_seed(8))
+    rounded = quantize_weight(weight, 2, group_size)
+    got = fit_scales(weight, rounded, (x.T @ x / len(x)).float())
+    assert torch.equal(got.codes, rounded.codes)
+    assert torch.equal(got.zero, rounded.zero)
+    steps = (
+        rounded.codes.reshape(7, -1, group_size or 32).double() - rounded.zero[..., None]
+    ).numpy()
+    for row in range(7):
+        effects = np.stack(
+            [
+                x[:, g * steps.shape[2] :][:, : steps.shape[2]].numpy() @ steps[row, g]
+                for g in range(steps.shape[1])
+            ],
+            axis=1,
+        )
+        want = np.linalg.lstsq(effects, x.numpy() @ weight[row].double().numpy())[0]
+        is_usable = want > 0
+        np.testing.assert_allclose(
+            got.scale[row].float().numpy()[is_usable], want[is_usable], rtol=5e-3
+        )
+        kept = rounded.scale[row].float().numpy()[~is_usable]
+        np.testing.assert_array_equal(got.scale[row].float().numpy()[~is_usable], kept)
+
+
+def test_scales_of_groups_without_weights_stay():
+    weight = torch.randn(3, 32, generator=torch.Generator().manual_seed(9))
+    weight[:, 8:16] = 0
+    rounded = quantize_weight(weight, 3, 8)
+    got = fit_scales(weight, rounded, torch.eye(32))
+    assert torch.equal(got.scale[:, 1], rounded.scale[:, 1])
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_fitted_grids_leave_less_error(bits):
+    x = _inputs(500, 96)
+    weight = torch.randn(24, 96, generator=torch.Generator().manual_seed(10))
+    gram = x.T @ x / len(x)
+    grid = best_grid(weight, bits, 32, gram.diagonal(), shortest=SHORTEST)
+    once = output_error(gptq_weight(weight, gram, grid, bits).expand() - weight, gram)
+    fitted = fitted_gptq(weight, gram, bits, 32)
+    assert output_error(fitted.expand() - weight, gram) < 0.97 * once
+    assert fitted.scale.dtype == torch.bfloat16
+    assert int(fitted.codes.max()) < 2**bits
+
+
+def test_pruned_weights_stay_zero_on_fitted_grids():
+    x = _inputs(400, 64)
+    generator = torch.Generator().manual_seed(11)
+    weight = torch.randn(6, 64, generator=generator)
+    pruned = torch.rand(6, 64, generator=generator) < 0.5
+    got = fitted_gptq(weight, x.T @ x / len(x), 3, 32, pruned_OI=pruned).expand()
+    assert bool((got[pruned] == 0).all())

@@ -12,6 +12,7 @@ from mutirao.compress.compression import compress_model
 from mutirao.compress.config import CompressConfig, TextConfig, TuneConfig
 from mutirao.compress.loss import measure_loss
 from mutirao.compress.rounding.by_blocks import round_by_blocks
+from mutirao.compress.rounding.grid import quantize_weight
 from mutirao.compress.training.tuning import tune_grids
 from mutirao.errors import DataError
 from mutirao.formats.compressed_tensors import load_packed
@@ -27,9 +28,13 @@ def trained():
 
 @pytest.fixture
 def rounded(trained):
-    """A model rounded by GPTQ to 2 bits in groups of 24, and its codes."""
+    """A model rounded to nearest, 2 bits in groups of 24, and its codes: much is left to gain."""
     model = load(trained)
-    return model, round_by_blocks(model, "gptq", 2, 24, make_windows(32))
+    codes = {}
+    for name, layer in linear_layers(model).items():
+        codes[name] = quantize_weight(layer.weight.detach(), 2, 24)
+        layer.weight.data.copy_(codes[name].expand())
+    return model, codes
 
 
 def test_predictions_get_closer_on_text_that_was_not_seen(trained, rounded):

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mutirao.compress.rounding.grid import full_grid, round_to_grid
+from mutirao.compress.rounding.grid import full_grid, output_error, round_to_grid
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +65,8 @@ class Scaled(NamedTuple):
     """(O, I) float32: not rounded even to bfloat16, so that folding by itself costs nothing."""
     grams: dict[str, Tensor]
     """(I, I) of the inputs as they are now."""
+    divisors: dict[str, Tensor]
+    """(I,) what the inputs were divided by, of the layers whose inputs were."""
 
 
 @torch.no_grad()
@@ -92,7 +94,7 @@ def scale_block(
     """
     layers: dict[str, Any] = {name: block.get_submodule(name) for name in grams}
     weights = {name: layer.weight.detach().float() for name, layer in layers.items()}
-    scaled = Scaled(weights, dict(grams))
+    scaled = Scaled(weights, dict(grams), {})
     for pair in pairs:
         scale_I = best_scale(
             [weights[name] for name in pair.sinks],
@@ -105,6 +107,7 @@ def scale_block(
         for name in pair.sinks:
             weights[name] = weights[name] * scale_I
             scaled.grams[name] = gram_II
+            scaled.divisors[name] = scale_I
     return scaled
 
 
@@ -141,11 +144,6 @@ def best_scale(
         if error < least:
             best_I, least = scale_I, error
     return best_I
-
-
-def output_error(error_OI: Tensor, gram_II: Tensor) -> float:
-    """Return the mean square change of a layer's outputs, summed over them: trace(E G E^T)."""
-    return float((error_OI @ gram_II * error_OI).sum())
 
 
 def foldable_pairs(

@@ -1,9 +1,9 @@
 """Rounding that looks at text, block after block: GPTQ, AWQ, and AWQ with GPTQ's rounding.
 
-Each block is rounded by what it sees of the text behind the rounded ones. Weights that are zero
-stay zero, so that what was pruned before stays pruned. A weight that several blocks share is
-rounded once, by what the first of them sees, and stays shared; AWQ then scales nothing, because
-the scales would be the first block's alone.
+Each block is rounded by what it sees of the text behind the rounded ones; GPTQ also mends what
+they have done, see ``drift``. Weights that are zero stay zero, so that what was pruned before
+stays pruned. A weight that several blocks share is rounded once, by what the first of them sees,
+and stays shared; AWQ then scales nothing, because the scales would be the first block's alone.
 
 Shapes: W windows, T tokens.
 """
@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from mutirao.compress.blocks import decoder_blocks, linear_layers, walk_blocks
 from mutirao.compress.rounding.awq import Pair, Scaled, foldable_pairs, scale_block
-from mutirao.compress.rounding.gptq import gptq_weight
+from mutirao.compress.rounding.drift import Drift, target_weight, walk_parts
+from mutirao.compress.rounding.gptq import fitted_gptq
 from mutirao.compress.rounding.grid import (
     QuantizedWeight,
     best_grid,
@@ -57,51 +58,106 @@ def round_by_blocks(
         FormatError: the model is of a kind that is not supported.
         ShapeError: the group size does not divide a layer's inputs.
     """
-    quantized: dict[str, QuantizedWeight] = {}
-    by_weight: dict[int, QuantizedWeight] = {}
     layers = linear_layers(model)
     by_layer = dict.fromkeys(layers, bits) if isinstance(bits, int) else bits
     uses = Counter(id(layer.weight) for layer in layers.values())
     can_scale = "awq" in method and max(uses.values()) == 1
     if "awq" in method and not can_scale:
         logger.warning("awq scales no inputs: the model's blocks share weights")
-    told: set[Pair] = set()
     blocks = decoder_blocks(model)
-    latest = _Latest(blocks)
-    with step_progress() as progress, latest:
+    model.to(getattr(torch, fast_dtype()))
+    with step_progress() as progress, _Latest(blocks) as latest:
         label = f"compressing to {name_bits(by_layer.values())}"
         bar = progress.add_task(label, total=len(blocks))
-
-        def visit(prefix: str, block: nn.Module, grams: Mapping[str, Tensor]) -> None:
-            pairs = foldable_pairs(block, latest.run(block), told) if can_scale else ()
-            widths = {name: by_layer[f"{prefix}.{name}"] for name in grams}
-            scaled = scale_block(block, grams, widths, group_size, pairs)
-            for name in grams:
-                layer: Any = block.get_submodule(name)
-                codes = by_weight.get(id(layer.weight))
-                if codes is None:
-                    width = widths[name]
-                    codes = _round(scaled, name, width, group_size, is_gptq="gptq" in method)
-                    by_weight[id(layer.weight)] = codes
-                    layer.weight.data.copy_(codes.expand())
-                quantized[f"{prefix}.{name}"] = codes
-            progress.advance(bar)
-
-        walk_blocks(model.to(getattr(torch, fast_dtype())), ids_WT, visit)
-    return quantized
+        rounding = _Rounding(
+            by_layer,
+            group_size,
+            latest if can_scale else None,
+            lambda: progress.advance(bar),
+        )
+        if "gptq" in method:
+            walk_parts(model, ids_WT, rounding.begin, rounding.round_part)
+        else:
+            walk_blocks(model, ids_WT, rounding.round_block)
+    return rounding.quantized
 
 
-def _round(
-    scaled: Scaled, name: str, bits: int, group_size: int | None, *, is_gptq: bool
-) -> QuantizedWeight:
-    weight_OI, gram_II = scaled.weights[name], scaled.grams[name]
-    grid = best_grid(weight_OI, bits, group_size, gram_II.diagonal())
-    if not is_gptq:
-        return round_to_grid(weight_OI, grid, bits)
-    pruned_OI = weight_OI == 0
-    return gptq_weight(
-        weight_OI, gram_II, grid, bits, pruned_OI=pruned_OI if bool(pruned_OI.any()) else None
-    )
+class _Rounding:
+    """Rounds blocks as they come."""
+
+    def __init__(
+        self,
+        bits: Mapping[str, int],
+        group_size: int | None,
+        latest: _Latest | None,
+        advance: Callable[[], None],
+    ) -> None:
+        """Prepare it.
+
+        Args:
+            bits: of each layer.
+            group_size: weights along the input that share a grid; None for a whole row.
+            latest: runs a block again, to see which inputs AWQ can scale; None for no AWQ.
+            advance: called for each block.
+        """
+        self.quantized: dict[str, QuantizedWeight] = {}
+        self._bits = bits
+        self._group_size = group_size
+        self._latest = latest
+        self._advance = advance
+        self._by_weight: dict[int, QuantizedWeight] = {}
+        self._told: set[Pair] = set()
+        self._scaled = Scaled({}, {}, {})
+
+    def round_block(self, prefix: str, block: nn.Module, grams: Mapping[str, Tensor]) -> None:
+        """Scale a block's weights, and round each to nearest."""
+        scaled = self._scale(prefix, block, grams)
+        for name, gram_II in scaled.grams.items():
+            bits, weight_OI = self._bits[f"{prefix}.{name}"], scaled.weights[name]
+            grid = best_grid(weight_OI, bits, self._group_size, gram_II.diagonal())
+            self._replace(prefix, block, name, round_to_grid(weight_OI, grid, bits))
+        self._advance()
+
+    def begin(
+        self, prefix: str, block: nn.Module, observe: Callable[[], Mapping[str, Tensor]]
+    ) -> Mapping[str, Tensor]:
+        """Scale a block's weights, where AWQ comes before GPTQ."""
+        self._scaled = Scaled({}, {}, {})
+        if self._latest is not None:
+            self._scaled = self._scale(prefix, block, observe())
+        self._advance()
+        return self._scaled.divisors
+
+    def round_part(self, prefix: str, block: nn.Module, drifts: Mapping[str, Drift]) -> None:
+        """Round some of a block's weights by GPTQ."""
+        for name, drift in drifts.items():
+            layer: Any = block.get_submodule(name)
+            codes = self._by_weight.get(id(layer.weight))
+            if codes is None:
+                weight_OI = self._scaled.weights.get(name, layer.weight.detach().float())
+                pruned_OI = weight_OI == 0
+                codes = fitted_gptq(
+                    target_weight(weight_OI, drift),
+                    drift.gram,
+                    self._bits[f"{prefix}.{name}"],
+                    self._group_size,
+                    pruned_OI=pruned_OI if bool(pruned_OI.any()) else None,
+                )
+            self._replace(prefix, block, name, codes)
+
+    def _scale(self, prefix: str, block: nn.Module, grams: Mapping[str, Tensor]) -> Scaled:
+        pairs: tuple[Pair, ...] = ()
+        if self._latest is not None:
+            pairs = foldable_pairs(block, self._latest.run(block), self._told)
+        bits = {name: self._bits[f"{prefix}.{name}"] for name in grams}
+        return scale_block(block, grams, bits, self._group_size, pairs)
+
+    def _replace(self, prefix: str, block: nn.Module, name: str, codes: QuantizedWeight) -> None:
+        """Let codes stand for a layer's weight, unless others already stand for it."""
+        layer: Any = block.get_submodule(name)
+        codes = self._by_weight.setdefault(id(layer.weight), codes)
+        layer.weight.data.copy_(codes.expand())
+        self.quantized[f"{prefix}.{name}"] = codes
 
 
 class _Latest:
@@ -112,7 +168,7 @@ class _Latest:
         self._handles: list[Any] = []
         self._call: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> _Latest:
         def keep(_: nn.Module, args: tuple[Any, ...], others: dict[str, Any]) -> None:
             self._call = (args, others)
 
@@ -120,6 +176,7 @@ class _Latest:
             block.register_forward_pre_hook(keep, with_kwargs=True)
             for block in self._blocks.values()
         ]
+        return self
 
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:

@@ -6,6 +6,10 @@ those that matter are rounded while many others are left to correct them; grids 
 beforehand, in groups of the inputs' own order, so that what is stored is what plain rounding
 stores.
 
+Grids are chosen twice: after a first rounding, the scales are fitted to the codes that came out,
+and rounding is done again on the fitted grids. Ranges are shortened less than for rounding to
+nearest, since a weight that makes up for others may leave its group's range.
+
 Left out: lazy updates of several layers at a time, and grids chosen anew as errors move in.
 
 Shapes: O outputs, I inputs, G groups of inputs.
@@ -21,11 +25,87 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mutirao.compress.rounding.grid import Grid, QuantizedWeight, round_to_grid
+from mutirao.compress.rounding.grid import (
+    Grid,
+    QuantizedWeight,
+    best_grid,
+    output_error,
+    round_to_grid,
+)
 from mutirao.errors import DataError
 
 BLOCK = 128
 """Inputs after which the rest is brought up to date: bounds memory traffic, changes nothing."""
+DAMPING = 0.01
+"""Added to a Gram matrix's diagonal, as a share of its mean."""
+SHORTEST = 0.8
+"""Least share of a group's full range that a grid takes; docs/log.md has what it was chosen by."""
+ROUNDINGS = 2
+NUMBERS_AT_ONCE = 2**24
+"""Of the largest tensor in fitting scales: bounds memory."""
+
+
+def fitted_gptq(
+    weight_OI: Tensor,
+    gram_II: Tensor,
+    bits: int,
+    group_size: int | None,
+    *,
+    pruned_OI: Tensor | None = None,
+) -> QuantizedWeight:
+    """Choose grids, round, and fit the grids to the codes: the best of two rounds.
+
+    Args:
+        weight_OI: (O, I) floating point, finite.
+        gram_II: (I, I) mean of x x^T over calibration tokens, x the layer's input.
+        bits: bits per code, 1 to 8.
+        group_size: weights along the input that share a grid; None for a whole row.
+        pruned_OI: see ``gptq_weight``.
+
+    Raises:
+        DataError: the Gram matrix is not finite.
+        ShapeError: group_size does not divide I.
+    """
+    grid = best_grid(weight_OI, bits, group_size, gram_II.diagonal(), shortest=SHORTEST)
+    tried = []
+    for _ in range(ROUNDINGS):
+        rounded = gptq_weight(weight_OI, gram_II, grid, bits, pruned_OI=pruned_OI)
+        fitted = fit_scales(weight_OI, rounded, gram_II)
+        grid = Grid(fitted.scale, fitted.zero)
+        tried += [rounded, fitted]
+    return min(tried, key=lambda each: output_error(each.expand() - weight_OI, gram_II))
+
+
+def fit_scales(weight_OI: Tensor, rounded: QuantizedWeight, gram_II: Tensor) -> QuantizedWeight:
+    """Return the same codes with the scales whose outputs are nearest to the weight's.
+
+    Given the codes, a row's outputs are linear in its groups' scales: least squares, for each row
+    by itself. A scale that would not be positive is left as it was.
+
+    Args:
+        weight_OI: (O, I) floating point, before rounding.
+        rounded: its codes.
+        gram_II: (I, I) mean of x x^T over calibration tokens, x the layer's input.
+    """
+    num_inputs, num_groups = len(gram_II), rounded.scale.shape[1]
+    rows = max(1, NUMBERS_AT_ONCE // (num_groups * num_inputs))
+    gram_GSI = gram_II.float().reshape(num_groups, -1, num_inputs)
+    parts = []
+    for codes_OI, scale_OG, zero_OG, part_OI in zip(
+        *(torch.split(each, rows) for each in (*rounded, weight_OI)), strict=True
+    ):
+        steps_OGS = codes_OI.reshape(*scale_OG.shape, -1).float() - zero_OG.float()[..., None]
+        # What a unit of each scale does to the outputs, as seen through the Gram matrix.
+        effect_OGI = torch.einsum("ogs,gsi->ogi", steps_OGS, gram_GSI)
+        normal_OGG = torch.einsum(
+            "ogis,ois->ogi", effect_OGI.reshape(*scale_OG.shape, *steps_OGS.shape[1:]), steps_OGS
+        )
+        wanted_OG = torch.einsum("ogi,oi->og", effect_OGI, part_OI.float())
+        normal_OGG.diagonal(dim1=1, dim2=2).mul_(1 + 1e-6).add_(1e-12)
+        fitted_OG = torch.linalg.solve_ex(normal_OGG, wanted_OG)[0].to(torch.bfloat16)
+        is_usable_OG = torch.isfinite(fitted_OG) & (fitted_OG > 0)
+        parts.append(torch.where(is_usable_OG, fitted_OG, scale_OG))
+    return rounded._replace(scale=torch.cat(parts))
 
 
 def gptq_weight(
@@ -34,7 +114,7 @@ def gptq_weight(
     grid: Grid,
     bits: int,
     *,
-    damping: float = 0.01,
+    damping: float = DAMPING,
     pruned_OI: Tensor | None = None,
 ) -> QuantizedWeight:
     """Round a weight so that the layer's output changes little.
@@ -51,10 +131,6 @@ def gptq_weight(
     Raises:
         DataError: the Gram matrix is not finite.
     """
-    if not bool(torch.isfinite(gram_II).all()):
-        raise DataError(
-            "a layer's inputs on the calibration text are not finite; check the model's weights"
-        )
     factor_II, order_I = _inverse_factor(gram_II, damping)
     group_I = torch.arange(weight_OI.shape[1]) // (weight_OI.shape[1] // grid.scale.shape[1])
     scale_OI, zero_OI = (part.float()[:, group_I[order_I]] for part in grid)
@@ -102,6 +178,32 @@ def _round_block(
     return errors_KO.T
 
 
+def damped_factor(gram_II: Tensor, damping: float = DAMPING) -> Tensor:
+    """Return the lower Cholesky factor of a Gram matrix with more on its diagonal.
+
+    The share is raised until float32 is enough.
+
+    Args:
+        gram_II: (I, I), symmetric and not negative.
+        damping: added to the diagonal, as a share of its mean.
+
+    Raises:
+        DataError: the matrix is not finite.
+    """
+    if not bool(torch.isfinite(gram_II).all()):
+        raise DataError(
+            "a layer's inputs on the calibration text are not finite; check the model's weights"
+        )
+    while True:
+        damped_II = gram_II.float().clone()
+        damped_II.diagonal().add_(damping * float(damped_II.diagonal().mean()))
+        factor_II: Tensor
+        factor_II, failed = torch.linalg.cholesky_ex(damped_II)
+        if not int(failed):
+            return factor_II
+        damping *= 10
+
+
 def _inverse_factor(gram_II: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     """Return the upper Cholesky factor of the inverse Gram matrix, and the order of its inputs."""
     gram_II = gram_II.float().clone()
@@ -109,14 +211,9 @@ def _inverse_factor(gram_II: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     energy_I[energy_I == 0] = 1.0  # an input that is never on: any weight will do
     order_I = torch.argsort(energy_I, descending=True, stable=True)
     gram_II = gram_II[order_I][:, order_I]
-    share = damping
     while True:
-        damped_II = gram_II.clone()
-        damped_II.diagonal().add_(share * float(gram_II.diagonal().mean()))
-        factor_II, failed = torch.linalg.cholesky_ex(damped_II)
+        inverse_II = torch.cholesky_inverse(damped_factor(gram_II, damping))
+        upper_II, failed = torch.linalg.cholesky_ex(inverse_II, upper=True)
         if not int(failed):
-            inverse_II = torch.cholesky_inverse(factor_II)
-            upper_II, failed = torch.linalg.cholesky_ex(inverse_II, upper=True)
-            if not int(failed):
-                return upper_II, order_I
-        share *= 10  # float32 was not enough for so small a damping
+            return upper_II, order_I
+        damping *= 10  # float32 was not enough for so small a damping

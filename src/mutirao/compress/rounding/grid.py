@@ -17,9 +17,10 @@ from torch import Tensor
 
 from mutirao.errors import ShapeError
 
-RANGES = tuple(1 - step / 40 for step in range(25))
-"""Shares of the full range that are tried: 1 down to 0.4. Assumption: at 2 bits, the best range
-of a normal weight is near half of its extremes."""
+RANGE_STEP = 1 / 40
+SHORTEST = 0.4
+"""Least share of the full range that is tried. Assumption: at 2 bits, the best range of a normal
+weight is near half of its extremes."""
 
 
 class Grid(NamedTuple):
@@ -79,7 +80,12 @@ def full_grid(weight_OI: Tensor, bits: int, group_size: int | None) -> Grid:
 
 
 def best_grid(
-    weight_OI: Tensor, bits: int, group_size: int | None, importance_I: Tensor | None = None
+    weight_OI: Tensor,
+    bits: int,
+    group_size: int | None,
+    importance_I: Tensor | None = None,
+    *,
+    shortest: float = SHORTEST,
 ) -> Grid:
     """Return the grids with the least squared error among shorter and full ranges.
 
@@ -89,6 +95,7 @@ def best_grid(
         group_size: weights along the input that share a grid; None for a whole row.
         importance_I: (I,) what a squared error of each input's weight counts: the mean square
             of the input; None for all alike.
+        shortest: least share of the full range that is tried.
 
     Raises:
         ShapeError: group_size does not divide I.
@@ -99,8 +106,8 @@ def best_grid(
         counts_GS = importance_I.float().reshape(counts_GS.shape)
     best = _grid(groups_OGS, bits, 1.0)
     least_OG = torch.full(best.scale.shape, torch.inf)
-    for share in RANGES:
-        grid = _grid(groups_OGS, bits, share)
+    for step in range(round((1 - shortest) / RANGE_STEP) + 1):
+        grid = _grid(groups_OGS, bits, 1 - step * RANGE_STEP)
         errors_OGS = (_rounded(groups_OGS, grid, bits) - grid.zero.float()[..., None]) * (
             grid.scale.float()[..., None]
         ) - groups_OGS
@@ -119,6 +126,11 @@ def round_to_grid(weight_OI: Tensor, grid: Grid, bits: int) -> QuantizedWeight:
     groups_OGS = weight_OI.float().reshape(*grid.scale.shape, -1)
     codes_OGS = _rounded(groups_OGS, grid, bits)
     return QuantizedWeight(codes_OGS.to(torch.uint8).reshape(weight_OI.shape), *grid)
+
+
+def output_error(error_OI: Tensor, gram_II: Tensor) -> float:
+    """Return the mean square change of a layer's outputs, summed over them: trace(E G E^T)."""
+    return float((error_OI @ gram_II * error_OI).sum())
 
 
 def name_bits(widths: Iterable[int]) -> str:

@@ -1,0 +1,268 @@
+"""What comes into a layer now, beside what came into it in the original, and how to mend it.
+
+A layer that is rounded so that its outputs stay the same, given its inputs, keeps the error that
+its inputs have from layers rounded before it. Here the original runs beside: a layer is asked for
+the outputs that the original's gave for the original's inputs, as nearly as they can be had from
+the inputs of now. One that adds to the stream of states is asked for a share of what the stream
+is off as well. Layers are changed in the order in which their block calls them, those with the
+same input at a time, so that each is asked to mend what all before it have done.
+
+Shapes: W windows, T tokens, N tokens of some windows, D channels, I inputs and O outputs of a
+layer.
+
+References:
+    Li et al. 2025, GPTAQ, arXiv:2504.02692: targets from the original's inputs.
+    Zhang et al. 2025, Qronos, arXiv:2505.11695: the least-squares target.
+    The share of the stream is our own; docs/log.md has what it was chosen by.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mutirao.compress.blocks import Pass, decoder_blocks, enter, hooked, observe
+from mutirao.compress.rounding.gptq import DAMPING, damped_factor
+
+STREAM_SHARE = 0.5
+"""Of the stream's error, how much is asked of a layer that adds to the stream."""
+
+
+class Drift(NamedTuple):
+    """Means over tokens, for a layer with inputs x whose outputs are added to the stream s.
+
+    In the original they were x' and s'.
+    """
+
+    gram: Tensor
+    """(I, I) x x^T."""
+    inputs: Tensor
+    """(I, I) (x' - x) x^T."""
+    stream: Tensor | None
+    """(O, I) (s' - s) x^T; None where the outputs are not added to the stream."""
+
+
+Begin = Callable[[str, nn.Module, Callable[[], Mapping[str, Tensor]]], Mapping[str, Tensor]]
+"""Called with a block's name, the block, and what returns the Gram matrices of all its layers'
+inputs. May change the block without changing what it computes; returns what it divided inputs by,
+(I,) by the layer's name within the block."""
+
+Visit = Callable[[str, nn.Module, Mapping[str, Drift]], None]
+"""Called with a block's name, the block, and what comes into some of its linear layers, by the
+layer's name within the block; it may change those."""
+
+
+def target_weight(weight_OI: Tensor, drift: Drift, damping: float = DAMPING) -> Tensor:
+    """Return the weight whose outputs are nearest to what is asked of a layer.
+
+    Nearest in the mean square over tokens, with ``damping`` times the inputs' mean square for the
+    squared distance to the layer's own weight.
+
+    Args:
+        weight_OI: (O, I) floating point, the layer's own.
+        drift: of the layer.
+        damping: as a share of the mean of the Gram matrix's diagonal.
+
+    Raises:
+        DataError: the drift is not finite.
+    """
+    asked_OI = weight_OI.float() @ drift.inputs
+    if drift.stream is not None:
+        asked_OI += STREAM_SHARE * drift.stream
+    factor_II = damped_factor(drift.gram, damping)
+    return weight_OI.float() + torch.cholesky_solve(asked_OI.T, factor_II).T
+
+
+@torch.no_grad()
+def walk_parts(
+    model: Any, ids_WT: Tensor, begin: Begin, visit: Visit, *, windows_per_pass: int = 4
+) -> None:
+    """Visit the linear layers of each block, those with the same input at a time, in order.
+
+    Args:
+        model: a transformers causal model.
+        ids_WT: (W, T) token ids of calibration text.
+        begin: called once a block, before its layers are visited.
+        visit: called with layers; what it changes is seen by those after them.
+        windows_per_pass: bounds memory; changes results by rounding only.
+
+    Raises:
+        FormatError: see ``blocks.decoder_blocks``.
+    """
+    blocks = decoder_blocks(model)
+    kept = _shared_weights(blocks)
+    passes = [enter(model, blocks, ids) for ids in torch.split(ids_WT, windows_per_pass)]
+    originals = [replace(one) for one in passes]
+    for name, block in blocks.items():
+        two = _TwoBlocks(name, _copy(block, kept), block)
+        parts = _find_parts(name, two.original, originals[0])
+        divisors = begin(name, block, partial(observe, name, block, passes))
+        for part in parts:
+            visit(name, block, two.observe(part, originals, passes, divisors))
+        for original, one in zip(originals, passes, strict=True):
+            original.states = original.through(name, two.original)
+            one.states = one.through(name, block)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Linear layers of a block that have the same input."""
+
+    names: tuple[str, ...]
+    streams: dict[str, str]
+    """By the layer, the module that takes the stream which the layer's outputs are added to."""
+
+
+class _Enough(Exception):
+    """What was looked for has been seen; the rest of a block need not run."""
+
+
+@dataclass
+class _TwoBlocks:
+    """A block as it was, and as it is by now."""
+
+    name: str
+    original: nn.Module
+    changed: nn.Module
+
+    def observe(
+        self,
+        part: _Part,
+        originals: list[Pass],
+        passes: list[Pass],
+        divisors: Mapping[str, Tensor],
+    ) -> dict[str, Drift]:
+        """Return the drift of a part's layers."""
+        divisor = divisors.get(part.names[0])
+        grams: list[Tensor] = []
+        inputs: list[Tensor] = []
+        streams: dict[str, list[Tensor]] = {name: [] for name in part.streams}
+        num_tokens = 0
+        for original, one in zip(originals, passes, strict=True):
+            before, now = (
+                _inputs(self.name, block, each, part)
+                for block, each in ((self.original, original), (self.changed, one))
+            )
+            x_NI = now[part.names[0]]
+            was_NI = before[part.names[0]]
+            gap_NI = (was_NI if divisor is None else was_NI / divisor) - x_NI
+            _add(grams, x_NI, x_NI)
+            _add(inputs, gap_NI, x_NI)
+            for layer, module in part.streams.items():
+                _add(streams[layer], before[module] - now[module], x_NI)
+            num_tokens += len(x_NI)
+        gram_II, input_II = grams[0] / num_tokens, inputs[0] / num_tokens
+        means = {layer: sums[0] / num_tokens for layer, sums in streams.items()}
+        return {layer: Drift(gram_II, input_II, means.get(layer)) for layer in part.names}
+
+
+def _add(sums: list[Tensor], left_NO: Tensor, right_NI: Tensor) -> None:
+    """Add a product to a sum that begins as nothing."""
+    if sums:
+        sums[0].addmm_(left_NO.T, right_NI)
+    else:
+        sums.append(left_NO.T @ right_NI)
+
+
+def _inputs(name: str, block: nn.Module, one: Pass, part: _Part) -> dict[str, Tensor]:
+    """Return (N, channels) what comes into a part's first layer, and into its streams' modules."""
+    seen: dict[str, Tensor] = {}
+    last = part.names[0]
+
+    def hook(module: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            seen[module] = inputs[0].reshape(-1, inputs[0].shape[-1]).float()
+            if module == last:
+                raise _Enough
+
+        return keep
+
+    with (
+        hooked(
+            block.get_submodule(each).register_forward_pre_hook(hook(each))
+            for each in {last, *part.streams.values()}
+        ),
+        suppress(_Enough),
+    ):
+        one.through(name, block)
+    return seen
+
+
+def _find_parts(name: str, block: nn.Module, one: Pass) -> list[_Part]:
+    """Return a block's parts in the order in which they run.
+
+    What a layer's outputs are added to is found by looking: a module takes, or the block returns,
+    exactly the sum of the outputs and of what another module took.
+    """
+    inputs: list[tuple[str, Tensor]] = []
+    outputs: dict[str, Tensor] = {}
+    stream: list[tuple[str, Tensor]] = []
+
+    def hook(module: str, is_linear: bool) -> Callable[[Any, tuple[Any, ...], Any], None]:
+        def keep(_: Any, args: tuple[Any, ...], output: Any) -> None:
+            if is_linear:
+                inputs.append((module, args[0]))
+                outputs[module] = output
+            elif args and isinstance(args[0], Tensor) and args[0].shape == one.states.shape:
+                stream.append((module, args[0]))
+
+        return keep
+
+    with hooked(
+        module.register_forward_hook(hook(each, isinstance(module, nn.Linear)))
+        for each, module in block.named_modules()
+        if each and not list(module.children())
+    ):
+        stream.append(("", one.through(name, block)))
+    groups: list[tuple[Tensor, list[str]]] = []
+    for layer, x in inputs:
+        for other, names in groups:
+            if other is x:
+                names.append(layer)
+                break
+        else:
+            groups.append((x, [layer]))
+
+    def taken_by(layer: str) -> str | None:
+        """Return the module that takes what a layer's outputs are added to."""
+        for module, before in stream[:-1]:
+            if before.shape == outputs[layer].shape:
+                total = before + outputs[layer]
+                if any(torch.equal(total, after) for _, after in stream):
+                    return module
+        return None
+
+    found = {layer: taken_by(layer) for layer, _ in inputs}
+    return [
+        _Part(tuple(names), {each: module for each in names if (module := found[each])})
+        for _, names in groups
+    ]
+
+
+def _shared_weights(blocks: Mapping[str, nn.Module]) -> dict[int, Tensor]:
+    """Return copies of the weights that several layers use, by the parameter's id."""
+    weights = [
+        module.weight
+        for block in blocks.values()
+        for module in block.modules()
+        if isinstance(module, nn.Linear)
+    ]
+    uses = Counter(map(id, weights))
+    return {id(each): each.detach().clone() for each in weights if uses[id(each)] > 1}
+
+
+def _copy(block: nn.Module, kept: Mapping[int, Tensor]) -> nn.Module:
+    """Return a copy of a block as it was, also where it shares weights with one before it."""
+    original = copy.deepcopy(block)
+    for mine, module in zip(original.modules(), block.modules(), strict=True):
+        if isinstance(module, nn.Linear) and id(module.weight) in kept:
+            mine.weight.data.copy_(kept[id(module.weight)])  # type: ignore[operator]
+    return original
