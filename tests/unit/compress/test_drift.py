@@ -11,6 +11,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 from mutirao.compress.blocks import linear_layers, walk_blocks
 from mutirao.compress.config import SharingConfig
 from mutirao.compress.loss import measure_loss
+from mutirao.compress.rounding import drift as drift_module
 from mutirao.compress.rounding.by_blocks import round_by_blocks
 from mutirao.compress.rounding.drift import STREAM_SHARE, Drift, target_weight, walk_parts
 from mutirao.compress.rounding.gptq import gptq_weight
@@ -66,8 +67,13 @@ def _seen_by(model, names):
     return seen
 
 
-@pytest.mark.parametrize("kind", ["llama", "shared", "gemma3"])
-def test_drift_is_that_between_two_whole_models(kind, tiny_model_directory):
+@pytest.mark.parametrize(
+    ("kind", "kept_bytes"), [("llama", 2**29), ("shared", 2**29), ("gemma3", 1), ("llama", 0)]
+)
+def test_drift_is_that_between_two_whole_models(
+    kind, kept_bytes, tiny_model_directory, monkeypatch
+):
+    monkeypatch.setattr(drift_module, "KEPT_BYTES", kept_bytes)  # 1: of the first pass alone
     model = _gemma() if kind == "gemma3" else load_causal_lm(tiny_model_directory, "float32")[0]
     if kind == "shared":
         share_blocks(model, SharingConfig(every=2))

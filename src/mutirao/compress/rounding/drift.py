@@ -22,7 +22,7 @@ import copy
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -34,6 +34,8 @@ from mutirao.compress.rounding.gptq import DAMPING, damped_factor
 
 STREAM_SHARE = 0.5
 """Of the stream's error, how much is asked of a layer that adds to the stream."""
+KEPT_BYTES = 2**29
+"""Of what the original's layers take in one block; what is over that is computed again."""
 
 
 class Drift(NamedTuple):
@@ -102,14 +104,13 @@ def walk_parts(
     passes = [enter(model, blocks, ids) for ids in torch.split(ids_WT, windows_per_pass)]
     originals = [replace(one) for one in passes]
     for name, block in blocks.items():
-        two = _TwoBlocks(name, _copy(block, kept), block)
-        parts = _find_parts(name, two.original, originals[0])
+        original = _copy(block, kept)
+        two = _TwoBlocks(name, original, block, _find_parts(name, original, originals[0]))
+        two.look(originals)
         divisors = begin(name, block, partial(observe, name, block, passes))
-        for part in parts:
+        for part in two.parts:
             visit(name, block, two.observe(part, originals, passes, divisors))
-        for original, one in zip(originals, passes, strict=True):
-            original.states = original.through(name, two.original)
-            one.states = one.through(name, block)
+        two.advance(originals, passes)
 
 
 @dataclass(frozen=True)
@@ -120,9 +121,15 @@ class _Part:
     streams: dict[str, str]
     """By the layer, the module that takes the stream which the layer's outputs are added to."""
 
+    @property
+    def modules(self) -> set[str]:
+        """Those whose inputs are needed."""
+        return {self.names[0], *self.streams.values()}
 
-class _Enough(Exception):
-    """What was looked for has been seen; the rest of a block need not run."""
+
+View = dict[str, Tensor]
+"""What some windows are in a block: (W, T, channels) what modules take, by name, and under the
+empty name the block's output, if it ran to its end."""
 
 
 @dataclass
@@ -132,6 +139,18 @@ class _TwoBlocks:
     name: str
     original: nn.Module
     changed: nn.Module
+    parts: list[_Part]
+    views: list[View | None] = field(default_factory=list)
+    """Of the original, for each pass; None where there was no room to keep it."""
+
+    def look(self, originals: list[Pass]) -> None:
+        """Run the original once, and keep what parts will ask of it, as far as there is room."""
+        modules = set[str]().union(*(part.modules for part in self.parts))
+        room = KEPT_BYTES
+        for one in originals:
+            view = _look(self.name, self.original, one, modules) if room > 0 else None
+            self.views.append(view)
+            room -= sum(each.nbytes for each in (view or {}).values())
 
     def observe(
         self,
@@ -141,27 +160,34 @@ class _TwoBlocks:
         divisors: Mapping[str, Tensor],
     ) -> dict[str, Drift]:
         """Return the drift of a part's layers."""
-        divisor = divisors.get(part.names[0])
+        first = part.names[0]
+        divisor = divisors.get(first)
         grams: list[Tensor] = []
         inputs: list[Tensor] = []
         streams: dict[str, list[Tensor]] = {name: [] for name in part.streams}
         num_tokens = 0
-        for original, one in zip(originals, passes, strict=True):
-            before, now = (
-                _inputs(self.name, block, each, part)
-                for block, each in ((self.original, original), (self.changed, one))
-            )
-            x_NI = now[part.names[0]]
-            was_NI = before[part.names[0]]
-            gap_NI = (was_NI if divisor is None else was_NI / divisor) - x_NI
+        for original, one, view in zip(originals, passes, self.views, strict=True):
+            if view is None:
+                view = _look(self.name, self.original, original, part.modules, first)
+            now = _look(self.name, self.changed, one, part.modules, first)
+            x_NI, was_NI = (each[first].flatten(0, 1).float() for each in (now, view))
             _add(grams, x_NI, x_NI)
-            _add(inputs, gap_NI, x_NI)
+            _add(inputs, (was_NI if divisor is None else was_NI / divisor) - x_NI, x_NI)
             for layer, module in part.streams.items():
-                _add(streams[layer], before[module] - now[module], x_NI)
+                gap_WTD = view[module].float() - now[module].float()
+                _add(streams[layer], gap_WTD.flatten(0, 1), x_NI)
             num_tokens += len(x_NI)
         gram_II, input_II = grams[0] / num_tokens, inputs[0] / num_tokens
         means = {layer: sums[0] / num_tokens for layer, sums in streams.items()}
         return {layer: Drift(gram_II, input_II, means.get(layer)) for layer in part.names}
+
+    def advance(self, originals: list[Pass], passes: list[Pass]) -> None:
+        """Take all windows to the next block."""
+        for original, one, view in zip(originals, passes, self.views, strict=True):
+            if view is None:
+                view = {"": original.through(self.name, self.original)}
+            original.states = view[""]
+            one.states = one.through(self.name, self.changed)
 
 
 def _add(sums: list[Tensor], left_NO: Tensor, right_NI: Tensor) -> None:
@@ -172,28 +198,30 @@ def _add(sums: list[Tensor], left_NO: Tensor, right_NI: Tensor) -> None:
         sums.append(left_NO.T @ right_NI)
 
 
-def _inputs(name: str, block: nn.Module, one: Pass, part: _Part) -> dict[str, Tensor]:
-    """Return (N, channels) what comes into a part's first layer, and into its streams' modules."""
-    seen: dict[str, Tensor] = {}
-    last = part.names[0]
+class _Enough(Exception):
+    """What was looked for has been seen; the rest of a block need not run."""
+
+
+def _look(
+    name: str, block: nn.Module, one: Pass, modules: set[str], last: str | None = None
+) -> View:
+    """Return what modules take; if there is a last one, the block stops there."""
+    view: View = {}
 
     def hook(module: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            seen[module] = inputs[0].reshape(-1, inputs[0].shape[-1]).float()
+            view[module] = inputs[0]
             if module == last:
                 raise _Enough
 
         return keep
 
     with (
-        hooked(
-            block.get_submodule(each).register_forward_pre_hook(hook(each))
-            for each in {last, *part.streams.values()}
-        ),
+        hooked(block.get_submodule(each).register_forward_pre_hook(hook(each)) for each in modules),
         suppress(_Enough),
     ):
-        one.through(name, block)
-    return seen
+        view[""] = one.through(name, block)
+    return view
 
 
 def _find_parts(name: str, block: nn.Module, one: Pass) -> list[_Part]:
