@@ -13,7 +13,7 @@ from mutirao.compress.config import CompressConfig, TextConfig, TuneConfig
 from mutirao.compress.loss import measure_loss
 from mutirao.compress.rounding.by_blocks import round_by_blocks
 from mutirao.compress.rounding.grid import quantize_weight
-from mutirao.compress.training.tuning import tune_grids
+from mutirao.compress.training.tuning import _GridLinear, tune_grids
 from mutirao.errors import DataError
 from mutirao.formats.compressed_tensors import load_packed
 
@@ -101,6 +101,30 @@ def test_the_first_step_goes_down_the_slope(trained, rounded):
         assert float(moved_OG[place]) == pytest.approx(
             -0.05 if slopes[place] > 0 else 0.05, abs=0.01
         )
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_product_with_codes_has_the_gradients_of_a_plain_one(dtype):
+    generator = torch.Generator().manual_seed(0)
+    codes = quantize_weight(torch.randn(6, 24, generator=generator), 3, 8)
+    given = torch.randn(2, 5, 24, generator=generator)
+    bias, wanted = torch.randn(6, generator=generator), torch.randn(2, 5, 6, generator=generator)
+    results = []
+    for is_plain in (False, True):
+        x, factor = given.clone().requires_grad_(), torch.nn.Parameter(torch.full((6, 3), 0.9))
+        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+            if is_plain:
+                scale = codes.scale.float() * factor
+                steps = codes.codes.reshape(6, 3, 8).float() - codes.zero.float()[..., None]
+                y = functional.linear(x, (steps * scale[..., None]).flatten(1), bias)
+            else:
+                y = _GridLinear(codes, bias, factor)(x)
+        (y.float() - wanted).square().sum().backward()
+        results.append((y.float().detach(), x.grad, factor.grad))
+    tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype is None else {"rtol": 0.05, "atol": 0.5}
+    for ours, plain in zip(*results, strict=True):
+        assert ours.dtype == plain.dtype
+        torch.testing.assert_close(ours, plain, **tolerance)
 
 
 def test_layers_that_share_a_weight_share_it_afterwards(trained):

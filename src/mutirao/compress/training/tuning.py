@@ -11,11 +11,13 @@ Shapes: W windows, T tokens, O outputs, I inputs, G groups of inputs, S weights 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from mutirao.compress.blocks import linear_layers, replaced_layers
 from mutirao.compress.config import TuneConfig
@@ -70,7 +72,7 @@ def tune_grids(
         name: _GridLinear(codes[name], layer.bias, factors[id(codes[name].codes)])
         for name, layer in layers.items()
     }
-    with replaced_layers(model, grids):
+    with replaced_layers(model, grids), _without_weights(layers, codes):
         follow_teacher(
             model,
             teacher,
@@ -90,6 +92,22 @@ def tune_grids(
     return tuned
 
 
+@contextmanager
+def _without_weights(
+    layers: Mapping[str, nn.Linear], codes: Mapping[str, QuantizedWeight]
+) -> Iterator[None]:
+    """Free layers' weights for a while; afterwards they are what their codes stand for."""
+    weights = {id(layer.weight): (layer.weight, codes[name]) for name, layer in layers.items()}
+    dtypes = {key: weight.dtype for key, (weight, _) in weights.items()}
+    for weight, _ in weights.values():
+        weight.data = weight.data.new_empty(0)
+    try:
+        yield
+    finally:
+        for key, (weight, each) in weights.items():
+            weight.data = each.expand().to(dtypes[key])
+
+
 class _GridLinear(nn.Module):
     """A layer whose weight comes from codes that stay and a factor of each group's scale."""
 
@@ -97,14 +115,47 @@ class _GridLinear(nn.Module):
         self, codes: QuantizedWeight, bias: Tensor | None, factor_OG: nn.Parameter
     ) -> None:
         super().__init__()
-        num_outputs, num_groups = codes.scale.shape
-        codes_OGS = codes.codes.reshape(num_outputs, num_groups, -1).to(torch.int16)
-        self.register_buffer("steps_OGS", codes_OGS - codes.zero.to(torch.int16)[..., None])
-        self.register_buffer("scale_OG", codes.scale.float())
+        self.codes = codes
         self.factor_OG = factor_OG
         self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
-        scale_OG = self.get_buffer("scale_OG") * self.factor_OG
-        weight_OI = (self.get_buffer("steps_OGS") * scale_OG[..., None]).flatten(1)
-        return nn.functional.linear(x, weight_OI, self.bias)
+        y: Tensor = _GridProduct.apply(x, self.factor_OG, self.codes)  # type: ignore[no-untyped-call]
+        return y if self.bias is None else y + self.bias
+
+
+class _GridProduct(torch.autograd.Function):
+    """The product with a weight that is never kept: the way back expands it again.
+
+    Computed in the number format that comes back, which autocast may have chosen.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor_OG: Tensor, codes: QuantizedWeight) -> Tensor:
+        ctx.save_for_backward(x, factor_OG)
+        ctx.codes = codes
+        return functional.linear(x, _scaled(codes, factor_OG).to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor, None]:
+        x, factor_OG = ctx.saved_tensors
+        (gradient,) = gradients
+        of_weight_OI = gradient.flatten(0, -2).T @ x.flatten(0, -2).to(gradient.dtype)
+        of_factors_OGS = of_weight_OI.float().reshape(*factor_OG.shape, -1) * _unscaled(ctx.codes)
+        of_factors_OG = of_factors_OGS.sum(dim=2) * ctx.codes.scale.float()
+        of_x = None
+        if ctx.needs_input_grad[0]:
+            of_x = (gradient @ _scaled(ctx.codes, factor_OG).to(gradient.dtype)).to(x.dtype)
+        return of_x, of_factors_OG, None
+
+
+def _scaled(codes: QuantizedWeight, factor_OG: Tensor) -> Tensor:
+    """Return the (O, I) weight with each group's scale times its factor."""
+    scale_OG = codes.scale.float() * factor_OG
+    return (_unscaled(codes) * scale_OG[..., None]).flatten(1)
+
+
+def _unscaled(codes: QuantizedWeight) -> Tensor:
+    """Return (O, G, S) how many steps each weight is from zero."""
+    codes_OGS = codes.codes.reshape(*codes.scale.shape, -1)
+    return codes_OGS.float() - codes.zero.float()[..., None]
