@@ -14,6 +14,8 @@ METHOD_HELP = (
     "at most one of rtn, gptq, awq, 'awq,gptq', nf4 and fp8; after the first four, tune. Most need "
     "--text."
 )
+TRAINED = ("distill", "qat", "tune")
+"""Steps that train."""
 
 
 def compress(
@@ -110,6 +112,7 @@ def compress(
     )
     from mutirao.config import parse_recipe
     from mutirao.console import output
+    from mutirao.errors import InputError
     from mutirao.inference.model_source import locate_model
 
     training = {"steps": training_steps, "learning_rate": learning_rate}
@@ -124,12 +127,15 @@ def compress(
     }
     if bits_from is not None:
         given |= _mix(bits_from, bits, group_size)
-    # All kinds of training take these; where none is asked for, distill says so.
-    trained = [step for step in ("qat", "tune") if step in split_method(method)]
+    trained = [step for step in TRAINED if step in split_method(method)]
+    if _given(training) and not trained:
+        raise InputError(
+            f"--training-steps and --learning-rate are for {' and '.join(TRAINED)}; "
+            f"--method={method} has none of them, leave them out"
+        )
     for step in trained:
-        given[STEP_CONFIGS[step]] = _given(training)
-    if "distill" in split_method(method) or not trained:
-        given["distillation"] = _given({**(given["distillation"] or {}), **training})
+        field = STEP_CONFIGS[step]
+        given[field] = _given({**(given.get(field) or {}), **training})
     config = parse_recipe(CompressConfig, _given(given) or {}, origin="compress")
     text_config = parse_recipe(
         TextConfig,

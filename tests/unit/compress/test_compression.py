@@ -435,10 +435,13 @@ def test_the_command_gives_each_step_its_options(tmp_path, monkeypatch):
     assert [(each.steps, each.learning_rate) for each in trained] == [(7, 0.01)] * 2
     assert (second.distillation.layers, second.distillation.hidden) == (1, 32)
     assert second.quantized_training.bits == 2
-    for option in ("--sparsity 0.3", "--share-every 2", "--training-steps 5"):
+    for option in ("--sparsity 0.3", "--share-every 2"):
         result = CliRunner().invoke(app, [*command, "rtn", *option.split()])
         assert isinstance(result.exception, RecipeError)
         assert "which compress.method=rtn does not have" in str(result.exception)
+    result = CliRunner().invoke(app, [*command, "rtn", "--training-steps", "5"])
+    assert isinstance(result.exception, InputError)
+    assert "--training-steps" in str(result.exception)
 
 
 @pytest.mark.parametrize("method", ["gptq,tune", "distill", "qat,rtn"])
