@@ -9,7 +9,7 @@ Shapes: W windows, T tokens, D channels, I inputs of a layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -145,30 +145,11 @@ def enter(model: Any, blocks: Mapping[str, nn.Module], ids_WT: Tensor) -> Pass:
 
     decoder, _ = split_model(model)
     device = next(decoder.parameters()).device
-    with (
-        hooked(
-            block.register_forward_pre_hook(catch, with_kwargs=True) for block in blocks.values()
-        ),
-        _idle(blocks.values()),
+    with hooked(
+        block.register_forward_pre_hook(catch, with_kwargs=True) for block in blocks.values()
     ):
         decoder(input_ids=ids_WT.to(device), use_cache=False)
     return one
-
-
-@contextmanager
-def _idle(blocks: Collection[nn.Module]) -> Iterator[None]:
-    """Let blocks return their input, to see without effort what they are called with."""
-
-    def forward(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-        return hidden_states
-
-    for block in blocks:
-        vars(block)["forward"] = forward
-    try:
-        yield
-    finally:
-        for block in blocks:
-            del vars(block)["forward"]
 
 
 def observe(name: str, block: nn.Module, passes: list[Pass]) -> dict[str, Tensor]:

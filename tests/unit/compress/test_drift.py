@@ -17,7 +17,7 @@ from mutirao.compress.rounding.drift import STREAM_SHARE, Drift, target_weight, 
 from mutirao.compress.rounding.gptq import gptq_weight
 from mutirao.compress.rounding.grid import best_grid
 from mutirao.compress.shrinking.sharing import share_blocks
-from mutirao.errors import DataError
+from mutirao.errors import DataError, ShapeError
 from mutirao.formats.huggingface import load_causal_lm
 
 IDS = torch.arange(5, 5 + 6 * 12).reshape(6, 12) % 90
@@ -68,12 +68,12 @@ def _seen_by(model, names):
 
 
 @pytest.mark.parametrize(
-    ("kind", "kept_bytes"), [("llama", 2**29), ("shared", 2**29), ("gemma3", 1), ("llama", 0)]
+    ("kind", "kept_bytes"), [("llama", 2**29), ("shared", 2**29), ("gemma3", 40_000), ("llama", 0)]
 )
 def test_drift_is_that_between_two_whole_models(
     kind, kept_bytes, tiny_model_directory, monkeypatch
 ):
-    monkeypatch.setattr(drift_module, "KEPT_BYTES", kept_bytes)  # 1: of the first pass alone
+    monkeypatch.setattr(drift_module, "KEPT_BYTES", kept_bytes)
     model = _gemma() if kind == "gemma3" else load_causal_lm(tiny_model_directory, "float32")[0]
     if kind == "shared":
         share_blocks(model, SharingConfig(every=2))
@@ -149,10 +149,33 @@ def test_the_target_is_that_of_least_squares_over_tokens(has_stream):
     np.testing.assert_allclose(got.numpy(), want, rtol=1e-4, atol=1e-4)
 
 
-def test_a_drift_that_is_not_finite_is_refused():
-    drift = Drift(torch.eye(3) * torch.inf, torch.zeros(3, 3), None)
+@pytest.mark.parametrize("part", range(3))
+def test_a_drift_that_is_not_finite_is_refused(part):
+    drift = [torch.eye(3), torch.zeros(3, 3), torch.zeros(2, 3)]
+    drift[part] = drift[part] + torch.inf
     with pytest.raises(DataError, match="not finite"):
-        target_weight(torch.ones(2, 3), drift)
+        target_weight(torch.ones(2, 3), Drift(*drift))
+
+
+def test_inputs_that_are_never_on_ask_for_nothing(tiny_model_directory):
+    model = load_causal_lm(tiny_model_directory, "float32")[0]
+    first = model.model.layers[0].mlp
+    first.up_proj.weight.data.zero_()
+    before = first.down_proj.weight.detach().clone()
+    round_by_blocks(model, "gptq", 8, 16, IDS)
+    after = first.down_proj.weight.detach().float()
+    assert float((after - before).abs().max()) < 0.02
+
+
+def test_groups_that_do_not_divide_some_inputs_are_refused_before_anything_changes(
+    tiny_model_directory,
+):
+    model = load_causal_lm(tiny_model_directory, "float32")[0]
+    model.model.layers[1].mlp.down_proj = torch.nn.Linear(40, 64)
+    before = {name: each.clone() for name, each in model.state_dict().items()}
+    with pytest.raises(ShapeError, match="40 inputs"):
+        round_by_blocks(model, "gptq", 4, 16, IDS)
+    assert all(torch.equal(each, before[name]) for name, each in model.state_dict().items())
 
 
 def test_a_model_keeps_more_than_if_each_layer_kept_its_outputs():

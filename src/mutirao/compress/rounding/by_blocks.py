@@ -25,6 +25,7 @@ from mutirao.compress.rounding.gptq import fitted_gptq
 from mutirao.compress.rounding.grid import (
     QuantizedWeight,
     best_grid,
+    check_group_size,
     name_bits,
     round_to_grid,
 )
@@ -59,6 +60,8 @@ def round_by_blocks(
         ShapeError: the group size does not divide a layer's inputs.
     """
     layers = linear_layers(model)
+    for layer in layers.values():
+        check_group_size(layer.in_features, group_size)
     by_layer = dict.fromkeys(layers, bits) if isinstance(bits, int) else bits
     uses = Counter(id(layer.weight) for layer in layers.values())
     can_scale = "awq" in method and max(uses.values()) == 1

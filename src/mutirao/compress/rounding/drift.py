@@ -22,7 +22,7 @@ import copy
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -30,7 +30,8 @@ import torch
 from torch import Tensor, nn
 
 from mutirao.compress.blocks import Pass, decoder_blocks, enter, hooked, observe
-from mutirao.compress.rounding.gptq import DAMPING, damped_factor
+from mutirao.compress.rounding.gptq import DAMPING, NOT_FINITE, damped_factor
+from mutirao.errors import DataError
 
 STREAM_SHARE = 0.5
 """Of the stream's error, how much is asked of a layer that adds to the stream."""
@@ -54,8 +55,8 @@ class Drift(NamedTuple):
 
 Begin = Callable[[str, nn.Module, Callable[[], Mapping[str, Tensor]]], Mapping[str, Tensor]]
 """Called with a block's name, the block, and what returns the Gram matrices of all its layers'
-inputs. May change the block without changing what it computes; returns what it divided inputs by,
-(I,) by the layer's name within the block."""
+inputs. May divide what layers take, if their weights will make up for it once they are visited;
+returns what it divided inputs by, (I,) by the layer's name within the block."""
 
 Visit = Callable[[str, nn.Module, Mapping[str, Drift]], None]
 """Called with a block's name, the block, and what comes into some of its linear layers, by the
@@ -76,6 +77,8 @@ def target_weight(weight_OI: Tensor, drift: Drift, damping: float = DAMPING) -> 
     Raises:
         DataError: the drift is not finite.
     """
+    if not all(bool(torch.isfinite(each).all()) for each in drift if each is not None):
+        raise DataError(NOT_FINITE)
     asked_OI = weight_OI.float() @ drift.inputs
     if drift.stream is not None:
         asked_OI += STREAM_SHARE * drift.stream
@@ -102,7 +105,8 @@ def walk_parts(
     blocks = decoder_blocks(model)
     kept = _shared_weights(blocks)
     passes = [enter(model, blocks, ids) for ids in torch.split(ids_WT, windows_per_pass)]
-    originals = [replace(one) for one in passes]
+    # Models whose blocks hand on keys and values do so in what the blocks are called with.
+    originals = [Pass(one.states, copy.deepcopy(one.others)) for one in passes]
     for name, block in blocks.items():
         original = _copy(block, kept)
         two = _TwoBlocks(name, original, block, _find_parts(name, original, originals[0]))
@@ -149,8 +153,8 @@ class _TwoBlocks:
         room = KEPT_BYTES
         for one in originals:
             view = _look(self.name, self.original, one, modules) if room > 0 else None
-            self.views.append(view)
             room -= sum(each.nbytes for each in (view or {}).values())
+            self.views.append(view if room >= 0 else None)
 
     def observe(
         self,
@@ -261,10 +265,10 @@ def _find_parts(name: str, block: nn.Module, one: Pass) -> list[_Part]:
 
     def taken_by(layer: str) -> str | None:
         """Return the module that takes what a layer's outputs are added to."""
-        for module, before in stream[:-1]:
+        for index, (module, before) in enumerate(stream):
             if before.shape == outputs[layer].shape:
                 total = before + outputs[layer]
-                if any(torch.equal(total, after) for _, after in stream):
+                if any(torch.equal(total, after) for _, after in stream[index + 1 :]):
                     return module
         return None
 

@@ -41,6 +41,7 @@ DAMPING = 0.01
 SHORTEST = 0.8
 """Least share of a group's full range that a grid takes; docs/log.md has what it was chosen by."""
 ROUNDINGS = 2
+NOT_FINITE = "a layer's inputs on the calibration text are not finite; check the model's weights"
 NUMBERS_AT_ONCE = 2**24
 """Of the largest tensor in fitting scales: bounds memory."""
 
@@ -101,7 +102,8 @@ def fit_scales(weight_OI: Tensor, rounded: QuantizedWeight, gram_II: Tensor) -> 
             "ogis,ois->ogi", effect_OGI.reshape(*scale_OG.shape, *steps_OGS.shape[1:]), steps_OGS
         )
         wanted_OG = torch.einsum("ogi,oi->og", effect_OGI, part_OI.float())
-        normal_OGG.diagonal(dim1=1, dim2=2).mul_(1 + 1e-6).add_(1e-12)
+        diagonal_OG = normal_OGG.diagonal(dim1=1, dim2=2)
+        diagonal_OG.add_(1e-6 * diagonal_OG.mean(dim=1, keepdim=True))
         fitted_OG = torch.linalg.solve_ex(normal_OGG, wanted_OG)[0].to(torch.bfloat16)
         is_usable_OG = torch.isfinite(fitted_OG) & (fitted_OG > 0)
         parts.append(torch.where(is_usable_OG, fitted_OG, scale_OG))
@@ -191,12 +193,11 @@ def damped_factor(gram_II: Tensor, damping: float = DAMPING) -> Tensor:
         DataError: the matrix is not finite.
     """
     if not bool(torch.isfinite(gram_II).all()):
-        raise DataError(
-            "a layer's inputs on the calibration text are not finite; check the model's weights"
-        )
+        raise DataError(NOT_FINITE)
+    mean = float(gram_II.diagonal().mean()) or 1.0  # inputs that are never on: any will do
     while True:
         damped_II = gram_II.float().clone()
-        damped_II.diagonal().add_(damping * float(damped_II.diagonal().mean()))
+        damped_II.diagonal().add_(damping * mean)
         factor_II: Tensor
         factor_II, failed = torch.linalg.cholesky_ex(damped_II)
         if not int(failed):

@@ -139,15 +139,23 @@ def name_bits(widths: Iterable[int]) -> str:
     return f"{', '.join(others)} and {last} bits" if others else f"{last} bits"
 
 
-def _groups(weight_OI: Tensor, group_size: int | None) -> Tensor:
-    num_outputs, num_inputs = weight_OI.shape
-    group_size = group_size or num_inputs
-    if num_inputs % group_size:
+def check_group_size(num_inputs: int, group_size: int | None) -> None:
+    """Refuse groups that do not divide a layer's inputs.
+
+    Raises:
+        ShapeError: they do not.
+    """
+    if group_size and num_inputs % group_size:
         raise ShapeError(
             f"compress.group_size={group_size} does not divide a layer's {num_inputs} inputs; "
             "choose a divisor such as 32 or 64"
         )
-    return weight_OI.float().reshape(num_outputs, -1, group_size)
+
+
+def _groups(weight_OI: Tensor, group_size: int | None) -> Tensor:
+    num_outputs, num_inputs = weight_OI.shape
+    check_group_size(num_inputs, group_size)
+    return weight_OI.float().reshape(num_outputs, -1, group_size or num_inputs)
 
 
 def _grid(groups_OGS: Tensor, bits: int, share: float) -> Grid:

@@ -115,12 +115,14 @@ class _GridLinear(nn.Module):
         self, codes: QuantizedWeight, bias: Tensor | None, factor_OG: nn.Parameter
     ) -> None:
         super().__init__()
-        self.codes = codes
+        for name, part in codes._asdict().items():  # as buffers, which move with the model
+            self.register_buffer(name, part)
         self.factor_OG = factor_OG
         self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = _GridProduct.apply(x, self.factor_OG, self.codes)  # type: ignore[no-untyped-call]
+        codes = QuantizedWeight(*(self.get_buffer(name) for name in QuantizedWeight._fields))
+        y: Tensor = _GridProduct.apply(x, self.factor_OG, codes)  # type: ignore[no-untyped-call]
         return y if self.bias is None else y + self.bias
 
 
