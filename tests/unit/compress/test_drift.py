@@ -14,10 +14,10 @@ from mutirao.compress.loss import measure_loss
 from mutirao.compress.rounding import drift as drift_module
 from mutirao.compress.rounding.by_blocks import round_by_blocks
 from mutirao.compress.rounding.drift import STREAM_SHARE, Drift, target_weight, walk_parts
-from mutirao.compress.rounding.gptq import gptq_weight
+from mutirao.compress.rounding.gptq import damped_factor, gptq_weight
 from mutirao.compress.rounding.grid import best_grid
 from mutirao.compress.shrinking.sharing import share_blocks
-from mutirao.errors import DataError, ShapeError
+from mutirao.errors import DataError, FormatError, ShapeError
 from mutirao.formats.huggingface import load_causal_lm
 
 IDS = torch.arange(5, 5 + 6 * 12).reshape(6, 12) % 90
@@ -140,18 +140,20 @@ def test_the_target_is_that_of_least_squares_over_tokens(has_stream):
     # The distance to the layer's own weight as rows of their own, one for each input.
     pull = np.sqrt(damping * num * np.diag(x.T @ x / num).mean()) * np.eye(inputs)
     want = np.linalg.lstsq(np.vstack([x, pull]), np.vstack([asked, pull @ weight.T]))[0].T
+    gram = torch.tensor(x.T @ x / num).float()
     drift = Drift(
-        torch.tensor(x.T @ x / num).float(),
+        gram,
+        damped_factor(gram, damping),
         torch.tensor((was - x).T @ x / num).float(),
         torch.tensor(gap.T @ x / num).float() if has_stream else None,
     )
-    got = target_weight(torch.tensor(weight).float(), drift, damping)
+    got = target_weight(torch.tensor(weight).float(), drift)
     np.testing.assert_allclose(got.numpy(), want, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("part", range(3))
+@pytest.mark.parametrize("part", range(4))
 def test_a_drift_that_is_not_finite_is_refused(part):
-    drift = [torch.eye(3), torch.zeros(3, 3), torch.zeros(2, 3)]
+    drift = [torch.eye(3), torch.eye(3), torch.zeros(3, 3), torch.zeros(2, 3)]
     drift[part] = drift[part] + torch.inf
     with pytest.raises(DataError, match="not finite"):
         target_weight(torch.ones(2, 3), Drift(*drift))
@@ -195,3 +197,44 @@ def test_a_model_keeps_more_than_if_each_layer_kept_its_outputs():
     walk_blocks(plain, ids, visit)
     round_by_blocks(mended, "gptq", 2, 16, ids)
     assert divergence(mended) < 0.8 * divergence(plain)
+
+
+def test_layers_that_were_changed_run_once_more_only_if_there_is_room(
+    tiny_model_directory, monkeypatch
+):
+    times = {}
+    for kept_bytes in (0, 2**29):
+        monkeypatch.setattr(drift_module, "KEPT_BYTES", kept_bytes)
+        model = load_causal_lm(tiny_model_directory, "float32")[0]
+        layer = model.model.layers[0].self_attn.q_proj
+        weight, calls = layer.weight, []
+        layer.register_forward_hook(
+            lambda module, *_, weight=weight, calls=calls: calls.append(
+                module.weight is weight and "forward" not in vars(module)
+            )
+        )
+        walk_parts(model, IDS, _begin_nothing, lambda *_: None, windows_per_pass=4)
+        assert "forward" not in vars(layer)
+        times[kept_bytes] = sum(calls)
+    # Two passes: once to enter, then up to each of four parts and to the end, or once for all.
+    assert times == {0: 2 * (1 + 4), 2**29: 2 * (1 + 1)}
+
+
+@pytest.mark.parametrize("times", [0, 2])
+def test_a_layer_that_does_not_run_once_is_refused(times, tiny_model_directory):
+    model = load_causal_lm(tiny_model_directory, "float32")[0]
+    model.model.layers[1].mlp = _Repeated(model.model.layers[1].mlp, times)
+    with pytest.raises(FormatError, match=rf"layers.1.mlp.inner.\w+ runs {times} times"):
+        walk_parts(model, IDS, _begin_nothing, lambda *_: None)
+
+
+class _Repeated(torch.nn.Module):
+    def __init__(self, inner, times):
+        super().__init__()
+        self.inner = inner
+        self.times = times
+
+    def forward(self, x):
+        for _ in range(self.times):
+            x = self.inner(x)
+        return x

@@ -132,21 +132,40 @@ class _Rounding:
         return self._scaled.divisors
 
     def round_part(self, prefix: str, block: nn.Module, drifts: Mapping[str, Drift]) -> None:
-        """Round some of a block's weights by GPTQ."""
-        for name, drift in drifts.items():
+        """Round layers with the same input by GPTQ, those of the same width as one."""
+        by_bits: dict[int, list[str]] = {}
+        for name in drifts:
             layer: Any = block.get_submodule(name)
-            codes = self._by_weight.get(id(layer.weight))
-            if codes is None:
-                weight_OI = self._scaled.weights.get(name, layer.weight.detach().float())
-                pruned_OI = weight_OI == 0
-                codes = fitted_gptq(
-                    target_weight(weight_OI, drift),
-                    drift.gram,
-                    self._bits[f"{prefix}.{name}"],
-                    self._group_size,
-                    pruned_OI=pruned_OI if bool(pruned_OI.any()) else None,
-                )
-            self._replace(prefix, block, name, codes)
+            if (codes := self._by_weight.get(id(layer.weight))) is None:
+                by_bits.setdefault(self._bits[f"{prefix}.{name}"], []).append(name)
+            else:
+                self._replace(prefix, block, name, codes)
+        for bits, names in by_bits.items():
+            weights = [self._weight(block, name) for name in names]
+            targets = [
+                target_weight(weight_OI, drifts[name])
+                for name, weight_OI in zip(names, weights, strict=True)
+            ]
+            pruned_OI = torch.cat(weights) == 0
+            codes = fitted_gptq(
+                torch.cat(targets),
+                drifts[names[0]].gram,
+                bits,
+                self._group_size,
+                pruned_OI=pruned_OI if bool(pruned_OI.any()) else None,
+            )
+            sizes = list(map(len, weights))
+            each = zip(names, *(torch.split(part, sizes) for part in codes), strict=True)
+            for name, *own in each:
+                self._replace(prefix, block, name, QuantizedWeight(*own))
+
+    def _weight(self, block: nn.Module, name: str) -> Tensor:
+        """Return a layer's (O, I) float32 weight, as AWQ left it."""
+        if name in self._scaled.weights:
+            return self._scaled.weights[name]
+        layer: Any = block.get_submodule(name)
+        weight_OI: Tensor = layer.weight.detach().float()
+        return weight_OI
 
     def _scale(self, prefix: str, block: nn.Module, grams: Mapping[str, Tensor]) -> Scaled:
         pairs: tuple[Pair, ...] = ()

@@ -20,8 +20,8 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -30,13 +30,14 @@ import torch
 from torch import Tensor, nn
 
 from mutirao.compress.blocks import Pass, decoder_blocks, enter, hooked, observe
-from mutirao.compress.rounding.gptq import DAMPING, NOT_FINITE, damped_factor
-from mutirao.errors import DataError
+from mutirao.compress.rounding.gptq import NOT_FINITE, damped_factor
+from mutirao.errors import DataError, FormatError
 
 STREAM_SHARE = 0.5
 """Of the stream's error, how much is asked of a layer that adds to the stream."""
-KEPT_BYTES = 2**29
-"""Of what the original's layers take in one block; what is over that is computed again."""
+KEPT_BYTES = 2**30
+"""Of what the original's layers take in one block and what changed ones give; what is over that
+is computed again."""
 
 
 class Drift(NamedTuple):
@@ -47,6 +48,8 @@ class Drift(NamedTuple):
 
     gram: Tensor
     """(I, I) x x^T."""
+    factor: Tensor
+    """(I, I) lower Cholesky factor of it, damped; layers with the same input share it."""
     inputs: Tensor
     """(I, I) (x' - x) x^T."""
     stream: Tensor | None
@@ -63,16 +66,15 @@ Visit = Callable[[str, nn.Module, Mapping[str, Drift]], None]
 layer's name within the block; it may change those."""
 
 
-def target_weight(weight_OI: Tensor, drift: Drift, damping: float = DAMPING) -> Tensor:
+def target_weight(weight_OI: Tensor, drift: Drift) -> Tensor:
     """Return the weight whose outputs are nearest to what is asked of a layer.
 
-    Nearest in the mean square over tokens, with ``damping`` times the inputs' mean square for the
+    Nearest in the mean square over tokens, with the damping of ``gptq.damped_factor`` for the
     squared distance to the layer's own weight.
 
     Args:
         weight_OI: (O, I) floating point, the layer's own.
         drift: of the layer.
-        damping: as a share of the mean of the Gram matrix's diagonal.
 
     Raises:
         DataError: the drift is not finite.
@@ -82,8 +84,7 @@ def target_weight(weight_OI: Tensor, drift: Drift, damping: float = DAMPING) -> 
     asked_OI = weight_OI.float() @ drift.inputs
     if drift.stream is not None:
         asked_OI += STREAM_SHARE * drift.stream
-    factor_II = damped_factor(drift.gram, damping)
-    return weight_OI.float() + torch.cholesky_solve(asked_OI.T, factor_II).T
+    return weight_OI.float() + torch.cholesky_solve(asked_OI.T, drift.factor).T
 
 
 @torch.no_grad()
@@ -146,15 +147,17 @@ class _TwoBlocks:
     parts: list[_Part]
     views: list[View | None] = field(default_factory=list)
     """Of the original, for each pass; None where there was no room to keep it."""
+    answers: list[View] = field(default_factory=list)
+    """What layers that have been changed give, for each pass, as far as there was room."""
+    room: int = field(default_factory=lambda: KEPT_BYTES)
 
     def look(self, originals: list[Pass]) -> None:
         """Run the original once, and keep what parts will ask of it, as far as there is room."""
         modules = set[str]().union(*(part.modules for part in self.parts))
-        room = KEPT_BYTES
+        self.answers = [{} for _ in originals]
         for one in originals:
-            view = _look(self.name, self.original, one, modules) if room > 0 else None
-            room -= sum(each.nbytes for each in (view or {}).values())
-            self.views.append(view if room >= 0 else None)
+            view = _look(self.name, self.original, one, modules) if self.room > 0 else None
+            self.views.append(view if view is not None and self._has_room(view) else None)
 
     def observe(
         self,
@@ -163,17 +166,18 @@ class _TwoBlocks:
         passes: list[Pass],
         divisors: Mapping[str, Tensor],
     ) -> dict[str, Drift]:
-        """Return the drift of a part's layers."""
+        """Return the drift of a part's layers, after those of the parts before were changed."""
         first = part.names[0]
         divisor = divisors.get(first)
         grams: list[Tensor] = []
         inputs: list[Tensor] = []
         streams: dict[str, list[Tensor]] = {name: [] for name in part.streams}
         num_tokens = 0
-        for original, one, view in zip(originals, passes, self.views, strict=True):
+        for index, (original, one) in enumerate(zip(originals, passes, strict=True)):
+            view = self.views[index]
             if view is None:
                 view = _look(self.name, self.original, original, part.modules, first)
-            now = _look(self.name, self.changed, one, part.modules, first)
+            now = self._look_again(index, one, part)
             x_NI, was_NI = (each[first].flatten(0, 1).float() for each in (now, view))
             _add(grams, x_NI, x_NI)
             _add(inputs, (was_NI if divisor is None else was_NI / divisor) - x_NI, x_NI)
@@ -183,15 +187,39 @@ class _TwoBlocks:
             num_tokens += len(x_NI)
         gram_II, input_II = grams[0] / num_tokens, inputs[0] / num_tokens
         means = {layer: sums[0] / num_tokens for layer, sums in streams.items()}
-        return {layer: Drift(gram_II, input_II, means.get(layer)) for layer in part.names}
+        factor_II = damped_factor(gram_II)
+        return {
+            layer: Drift(gram_II, factor_II, input_II, means.get(layer)) for layer in part.names
+        }
 
     def advance(self, originals: list[Pass], passes: list[Pass]) -> None:
         """Take all windows to the next block."""
-        for original, one, view in zip(originals, passes, self.views, strict=True):
+        for index, (original, one) in enumerate(zip(originals, passes, strict=True)):
+            view = self.views[index]
             if view is None:
                 view = {"": original.through(self.name, self.original)}
             original.states = view[""]
-            one.states = one.through(self.name, self.changed)
+            one.states = self._look_again(index, one, None)[""]
+
+    def _look_again(self, index: int, one: Pass, part: _Part | None) -> View:
+        """Look at the changed block up to a part, or to its end; keep what changed layers give."""
+        known = self.answers[index]
+        names = [each.names for each in self.parts]
+        before = names if part is None else names[: names.index(part.names)]
+        answers = {layer for layers in before for layer in layers} - known.keys()
+        modules, last = (set[str](), None) if part is None else (part.modules, part.names[0])
+        view = _look(self.name, self.changed, one, modules, last, known, answers)
+        given = {layer: view.pop(key) for layer in answers if (key := f"{layer}()") in view}
+        if part is not None and self._has_room(given):
+            known.update(given)
+        return view
+
+    def _has_room(self, view: View) -> bool:
+        """Take room for something, if there is enough."""
+        num_bytes = sum(each.nbytes for each in view.values())
+        has_room = num_bytes <= self.room
+        self.room -= num_bytes * has_room
+        return has_room
 
 
 def _add(sums: list[Tensor], left_NO: Tensor, right_NI: Tensor) -> None:
@@ -207,12 +235,28 @@ class _Enough(Exception):
 
 
 def _look(
-    name: str, block: nn.Module, one: Pass, modules: set[str], last: str | None = None
+    name: str,
+    block: nn.Module,
+    one: Pass,
+    modules: set[str],
+    last: str | None = None,
+    known: Mapping[str, Tensor] | None = None,
+    answers: Iterable[str] = (),
 ) -> View:
-    """Return what modules take; if there is a last one, the block stops there."""
+    """Return what modules take, and under NAME() what layers give.
+
+    Args:
+        name: of the block.
+        block: it.
+        one: what it is called with.
+        modules: whose inputs are wanted.
+        last: of them; the block stops there. None for a run to the end.
+        known: what layers give, which need not run.
+        answers: layers whose outputs are wanted, if they run.
+    """
     view: View = {}
 
-    def hook(module: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def take(module: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             view[module] = inputs[0]
             if module == last:
@@ -220,12 +264,37 @@ def _look(
 
         return keep
 
+    def give(layer: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        def keep(_: nn.Module, __: Any, output: Tensor) -> None:
+            view[f"{layer}()"] = output
+
+        return keep
+
     with (
-        hooked(block.get_submodule(each).register_forward_pre_hook(hook(each)) for each in modules),
+        _answered(block, known or {}),
+        hooked(block.get_submodule(each).register_forward_hook(give(each)) for each in answers),
+        hooked(block.get_submodule(each).register_forward_pre_hook(take(each)) for each in modules),
         suppress(_Enough),
     ):
         view[""] = one.through(name, block)
     return view
+
+
+@contextmanager
+def _answered(block: nn.Module, known: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let layers give what is known of them, for a while."""
+    layers = {each: block.get_submodule(each) for each in known}
+    try:
+        for each, layer in layers.items():
+            layer.forward = partial(_answer, known[each])
+        yield
+    finally:
+        for layer in layers.values():
+            layer.__dict__.pop("forward", None)
+
+
+def _answer(output: Tensor, _: Tensor) -> Tensor:
+    return output
 
 
 def _find_parts(name: str, block: nn.Module, one: Pass) -> list[_Part]:
@@ -233,6 +302,9 @@ def _find_parts(name: str, block: nn.Module, one: Pass) -> list[_Part]:
 
     What a layer's outputs are added to is found by looking: a module takes, or the block returns,
     exactly the sum of the outputs and of what another module took.
+
+    Raises:
+        FormatError: a layer runs more or less often than once.
     """
     inputs: list[tuple[str, Tensor]] = []
     outputs: dict[str, Tensor] = {}
@@ -254,6 +326,13 @@ def _find_parts(name: str, block: nn.Module, one: Pass) -> list[_Part]:
         if each and not list(module.children())
     ):
         stream.append(("", one.through(name, block)))
+    times = Counter(layer for layer, _ in inputs)
+    for layer, module in block.named_modules():
+        if isinstance(module, nn.Linear) and times[layer] != 1:
+            raise FormatError(
+                f"{name}.{layer} runs {times[layer]} times in its block, which gptq does not "
+                "support (expected once); use rtn or awq"
+            )
     groups: list[tuple[Tensor, list[str]]] = []
     for layer, x in inputs:
         for other, names in groups:

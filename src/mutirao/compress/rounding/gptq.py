@@ -22,6 +22,8 @@ References:
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -29,7 +31,7 @@ from mutirao.compress.rounding.grid import (
     Grid,
     QuantizedWeight,
     best_grid,
-    output_error,
+    output_errors,
     round_to_grid,
 )
 from mutirao.errors import DataError
@@ -46,6 +48,15 @@ NUMBERS_AT_ONCE = 2**24
 """Of the largest tensor in fitting scales: bounds memory."""
 
 
+class _InverseFactor(NamedTuple):
+    """Of a damped Gram matrix whose inputs were put in order."""
+
+    upper: Tensor
+    """(I, I) upper Cholesky factor of the inverse."""
+    order: Tensor
+    """(I,) inputs by decreasing energy."""
+
+
 def fitted_gptq(
     weight_OI: Tensor,
     gram_II: Tensor,
@@ -54,7 +65,9 @@ def fitted_gptq(
     *,
     pruned_OI: Tensor | None = None,
 ) -> QuantizedWeight:
-    """Choose grids, round, and fit the grids to the codes: the best of two rounds.
+    """Choose grids, round, and fit the grids to the codes: of two rounds, the best for each row.
+
+    Rows are rounded each by itself: layers with the same input may be given as one.
 
     Args:
         weight_OI: (O, I) floating point, finite.
@@ -68,13 +81,24 @@ def fitted_gptq(
         ShapeError: group_size does not divide I.
     """
     grid = best_grid(weight_OI, bits, group_size, gram_II.diagonal(), shortest=SHORTEST)
-    tried = []
+    factor = _inverse_factor(gram_II)
+    best: QuantizedWeight | None = None
+    least_O = torch.empty(0)
     for _ in range(ROUNDINGS):
-        rounded = gptq_weight(weight_OI, gram_II, grid, bits, pruned_OI=pruned_OI)
+        rounded = _round_in_order(weight_OI, factor, grid, bits, pruned_OI)
         fitted = fit_scales(weight_OI, rounded, gram_II)
         grid = Grid(fitted.scale, fitted.zero)
-        tried += [rounded, fitted]
-    return min(tried, key=lambda each: output_error(each.expand() - weight_OI, gram_II))
+        for each in (rounded, fitted):
+            error_O = output_errors(each.expand() - weight_OI, gram_II)
+            if best is None:
+                best, least_O = each, error_O
+                continue
+            is_better_O1 = (error_O < least_O)[:, None]
+            pairs = zip(each, best, strict=True)
+            best = QuantizedWeight(*(torch.where(is_better_O1, new, old) for new, old in pairs))
+            least_O = torch.minimum(error_O, least_O)
+    assert best is not None
+    return best
 
 
 def fit_scales(weight_OI: Tensor, rounded: QuantizedWeight, gram_II: Tensor) -> QuantizedWeight:
@@ -88,20 +112,22 @@ def fit_scales(weight_OI: Tensor, rounded: QuantizedWeight, gram_II: Tensor) -> 
         rounded: its codes.
         gram_II: (I, I) mean of x x^T over calibration tokens, x the layer's input.
     """
+    gram_II = gram_II.float()
     num_inputs, num_groups = len(gram_II), rounded.scale.shape[1]
-    rows = max(1, NUMBERS_AT_ONCE // (num_groups * num_inputs))
-    gram_GSI = gram_II.float().reshape(num_groups, -1, num_inputs)
+    size = num_inputs // num_groups
+    rows = max(1, NUMBERS_AT_ONCE // max(num_groups**2, num_inputs))
     parts = []
     for codes_OI, scale_OG, zero_OG, part_OI in zip(
         *(torch.split(each, rows) for each in (*rounded, weight_OI)), strict=True
     ):
-        steps_OGS = codes_OI.reshape(*scale_OG.shape, -1).float() - zero_OG.float()[..., None]
-        # What a unit of each scale does to the outputs, as seen through the Gram matrix.
-        effect_OGI = torch.einsum("ogs,gsi->ogi", steps_OGS, gram_GSI)
-        normal_OGG = torch.einsum(
-            "ogis,ois->ogi", effect_OGI.reshape(*scale_OG.shape, *steps_OGS.shape[1:]), steps_OGS
-        )
-        wanted_OG = torch.einsum("ogi,oi->og", effect_OGI, part_OI.float())
+        steps_OGS = codes_OI.reshape(*scale_OG.shape, size).float() - zero_OG.float()[..., None]
+        normal_OGG = steps_OGS.new_empty(*scale_OG.shape, num_groups)
+        for g in range(num_groups):
+            # What a unit of a group's scale does to the outputs, seen through the Gram matrix.
+            effect_OI = steps_OGS[:, g] @ gram_II[g * size : (g + 1) * size, g * size :]
+            products_OG = (effect_OI.reshape(len(steps_OGS), -1, size) * steps_OGS[:, g:]).sum(2)
+            normal_OGG[:, g, g:] = normal_OGG[:, g:, g] = products_OG
+        wanted_OG = ((part_OI.float() @ gram_II).reshape(steps_OGS.shape) * steps_OGS).sum(dim=2)
         diagonal_OG = normal_OGG.diagonal(dim1=1, dim2=2)
         diagonal_OG.add_(1e-6 * diagonal_OG.mean(dim=1, keepdim=True))
         fitted_OG = torch.linalg.solve_ex(normal_OGG, wanted_OG)[0].to(torch.bfloat16)
@@ -133,7 +159,14 @@ def gptq_weight(
     Raises:
         DataError: the Gram matrix is not finite.
     """
-    factor_II, order_I = _inverse_factor(gram_II, damping)
+    factor = _inverse_factor(gram_II, damping)
+    return _round_in_order(weight_OI, factor, grid, bits, pruned_OI)
+
+
+def _round_in_order(
+    weight_OI: Tensor, factor: _InverseFactor, grid: Grid, bits: int, pruned_OI: Tensor | None
+) -> QuantizedWeight:
+    factor_II, order_I = factor
     group_I = torch.arange(weight_OI.shape[1]) // (weight_OI.shape[1] // grid.scale.shape[1])
     scale_OI, zero_OI = (part.float()[:, group_I[order_I]] for part in grid)
     left_OI = weight_OI.float()[:, order_I].clone()
@@ -205,8 +238,8 @@ def damped_factor(gram_II: Tensor, damping: float = DAMPING) -> Tensor:
         damping *= 10
 
 
-def _inverse_factor(gram_II: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """Return the upper Cholesky factor of the inverse Gram matrix, and the order of its inputs."""
+def _inverse_factor(gram_II: Tensor, damping: float = DAMPING) -> _InverseFactor:
+    """Return the factor of a Gram matrix's inverse."""
     gram_II = gram_II.float().clone()
     energy_I = gram_II.diagonal()
     energy_I[energy_I == 0] = 1.0  # an input that is never on: any weight will do
@@ -216,5 +249,5 @@ def _inverse_factor(gram_II: Tensor, damping: float) -> tuple[Tensor, Tensor]:
         inverse_II = torch.cholesky_inverse(damped_factor(gram_II, damping))
         upper_II, failed = torch.linalg.cholesky_ex(inverse_II, upper=True)
         if not int(failed):
-            return upper_II, order_I
+            return _InverseFactor(upper_II, order_I)
         damping *= 10  # float32 was not enough for so small a damping

@@ -130,7 +130,12 @@ def round_to_grid(weight_OI: Tensor, grid: Grid, bits: int) -> QuantizedWeight:
 
 def output_error(error_OI: Tensor, gram_II: Tensor) -> float:
     """Return the mean square change of a layer's outputs, summed over them: trace(E G E^T)."""
-    return float((error_OI @ gram_II * error_OI).sum())
+    return float(output_errors(error_OI, gram_II).sum())
+
+
+def output_errors(error_OI: Tensor, gram_II: Tensor) -> Tensor:
+    """Return (O,) the mean square change of each of a layer's outputs."""
+    return (error_OI @ gram_II * error_OI).sum(dim=1)
 
 
 def name_bits(widths: Iterable[int]) -> str:
