@@ -13,7 +13,7 @@ INSTALLED := $(VENV)/.installed
 INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX),)
 CONSTRAINTS := $(CURDIR)/constraints.txt
 
-.PHONY: help demo test test-slow check fmt bench bench-demo bench-outcome bench-inference bench-plan bench-federated bench-aggregator bench-privacy bench-export bench-precision bench-law bench-compress bench-quantizers clean
+.PHONY: help demo test test-slow check fmt bench bench-demo bench-outcome bench-inference bench-plan bench-federated bench-aggregator bench-privacy bench-export bench-precision bench-law bench-curated bench-compress bench-quantizers clean
 .DEFAULT_GOAL := help
 
 help:  ## say what can be made
@@ -80,6 +80,9 @@ bench-precision: $(INSTALLED)  ## train small decoders, round them in every way;
 
 bench-law: $(INSTALLED)  ## the precision law against held-out runs: ARGS=predict, later ARGS=judge
 	$(BIN)/python benchmarks/precision_law.py $(ARGS)
+
+bench-curated: $(INSTALLED)  ## curated text in a smaller model against raw text in a larger one (an hour)
+	$(BIN)/python benchmarks/bench_curated.py $(ARGS)
 
 bench-compress: $(INSTALLED)  ## every way to make a model smaller: ARGS="MODEL TEXT" (an hour)
 	$(BIN)/python benchmarks/bench_compress.py $(ARGS)

@@ -82,20 +82,30 @@ class Text:
 
     def heldout(self, num_windows: int) -> Tensor:
         """Return (windows, bytes + 1) that are spread evenly over the held-out text."""
-        parts = []
-        for kind in self._sides["heldout"]:
-            starts = np.linspace(0, len(kind) - WINDOW - 1, num_windows // 2).astype(int)
-            parts.append(kind[starts[:, None] + np.arange(WINDOW + 1)])
-        return torch.from_numpy(np.concatenate(parts).astype(np.int64))
+        return spread_windows(self._sides["heldout"], num_windows)
 
     def _draw(self, side: str, num_windows: int, name: str) -> Tensor:
-        key = hashlib.sha256(name.encode()).digest()[:16]
-        generator = np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
-        parts = []
-        for kind in self._sides[side]:
-            starts = generator.integers(0, len(kind) - WINDOW, size=num_windows // 2)
-            parts.append(kind[starts[:, None] + np.arange(WINDOW + 1)])
-        return torch.from_numpy(np.concatenate(parts).astype(np.int64))
+        return draw_windows(self._sides[side], num_windows, name)
+
+
+def spread_windows(kinds: list[Bytes], num_windows: int) -> Tensor:
+    """Return (windows, bytes + 1), as many of each kind, spread evenly over it."""
+    parts = []
+    for kind in kinds:
+        starts = np.linspace(0, len(kind) - WINDOW - 1, num_windows // len(kinds)).astype(int)
+        parts.append(kind[starts[:, None] + np.arange(WINDOW + 1)])
+    return torch.from_numpy(np.concatenate(parts).astype(np.int64))
+
+
+def draw_windows(kinds: list[Bytes], num_windows: int, name: str) -> Tensor:
+    """Return (windows, bytes + 1), as many of each kind; the name says which."""
+    key = hashlib.sha256(name.encode()).digest()[:16]
+    generator = np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
+    parts = []
+    for kind in kinds:
+        starts = generator.integers(0, len(kind) - WINDOW, size=num_windows // len(kinds))
+        parts.append(kind[starts[:, None] + np.arange(WINDOW + 1)])
+    return torch.from_numpy(np.concatenate(parts).astype(np.int64))
 
 
 def _digest(document: bytes) -> str:
