@@ -22,8 +22,9 @@ from mutirao.advise.speeds import predict_speeds
 from mutirao.advise.ways import Shape, Way
 from mutirao.artifact import MANIFEST_NAME, open_artifact, write_artifact
 from mutirao.compress.compression import coarse_weights, refuse_quantized
-from mutirao.compress.config import SUPPORTED_BITS, TextConfig
+from mutirao.compress.config import SUPPORTED_BITS, TUNE, TextConfig
 from mutirao.compress.steps import check_finite
+from mutirao.compress.training.following import import_optional
 from mutirao.compress.windows import Windows, read_windows
 from mutirao.console import step_progress, track
 from mutirao.environment import cache_directory
@@ -61,7 +62,8 @@ def advise(
         out: folder of an artifact of kind 'advice' with ``advice.json``; None: nothing is written.
 
     Raises:
-        InputError: the model is quantized, or nothing keeps to the budget.
+        InputError: the model is quantized, nothing keeps to the budget, or a package that a
+            method needs is not installed.
         DataError: there is too little text, for the windows or for the interval that was asked for,
             or weights are not finite.
         FormatError: ``path`` is no model, or of a kind that is not supported.
@@ -70,6 +72,8 @@ def advise(
     """
     config, budget, outlook = config or AdviseConfig(), budget or Budget(), outlook or Outlook()
     refuse_quantized(path)
+    if any(TUNE in method for method in config.methods):
+        import_optional("teacher_trainer", "TRL")
     is_artifact = (path / MANIFEST_NAME).is_file()
     if is_artifact:
         open_artifact(path, "model")

@@ -10,7 +10,7 @@ from mutirao.compress.config import TextConfig
 from mutirao.config import Config
 from mutirao.precision.lifetime import Accelerator
 
-Method = Literal["rtn", "gptq", "awq", "awq,gptq"]
+Method = Literal["rtn", "gptq", "awq", "awq,gptq", "gptq,tune"]
 
 
 class AdviseConfig(Config):

@@ -9,6 +9,7 @@ Shapes: W windows, T tokens, D channels.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -22,14 +23,16 @@ from mutirao.advise.kept import KeptLines
 from mutirao.advise.ways import Way
 from mutirao.artifact import sha256_of_file
 from mutirao.compress.blocks import linear_layers
+from mutirao.compress.config import TUNE, TuneConfig
 from mutirao.compress.loss import CompressionLoss, compare_losses, compare_states, window_states
 from mutirao.compress.rounding.by_blocks import round_by_blocks
 from mutirao.compress.rounding.grid import quantize_weight
+from mutirao.compress.training.tuning import tune_grids
 from mutirao.compress.windows import Windows
 from mutirao.models.arithmetic import fast_dtype
 from mutirao.models.head import split_model
 
-METHODS_VERSION = 2
+METHODS_VERSION = 3
 """To be raised with every change of a way of rounding: older measures are then not used."""
 
 
@@ -62,15 +65,26 @@ class Bench:
         self._states_WTD = window_states(model, windows.heldout)
         self._probed_WTD = self._states_WTD[:0]
 
-    @torch.no_grad()
     def round(self, way: Way) -> None:
-        """Round the model."""
+        """Round the model.
+
+        Raises:
+            InputError: the way tunes, and TRL is not installed.
+        """
         if way.method == "rtn":
-            for layer in self.layers.values():
-                layer.weight.copy_(quantize_weight(layer.weight, way.bits, way.group_size).expand())
-        else:
-            calibration_WT = self.windows.calibration
-            round_by_blocks(self.model, way.method, way.bits, way.group_size, calibration_WT)
+            self.round_layers(dict.fromkeys(self.layers, way.bits), way.group_size)
+            return
+        ids_WT = self.windows.calibration
+        rounder = way.method.removesuffix(f",{TUNE}")
+        codes = round_by_blocks(self.model, rounder, way.bits, way.group_size, ids_WT)
+        if rounder != way.method:
+            tune_grids(self.model, codes, self._original(), ids_WT, TuneConfig())
+
+    def _original(self) -> Any:
+        """Return another model with the weights that this one had."""
+        original = copy.deepcopy(self.model)
+        self._put_back(original)
+        return original
 
     @torch.no_grad()
     def round_layers(self, bits: Mapping[str, int], group_size: int | None) -> None:
@@ -79,10 +93,13 @@ class Bench:
             layer = self.layers[name]
             layer.weight.copy_(quantize_weight(layer.weight, width, group_size).expand())
 
-    @torch.no_grad()
     def restore(self) -> None:
         """Put the model's own weights back."""
-        for name, parameter in self.model.named_parameters():
+        self._put_back(self.model)
+
+    @torch.no_grad()
+    def _put_back(self, model: Any) -> None:
+        for name, parameter in model.named_parameters():
             parameter.copy_(self._kept[name])
 
     @torch.inference_mode()

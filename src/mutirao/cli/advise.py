@@ -43,7 +43,7 @@ def advise(
         ),
     ] = None,
     methods: Annotated[
-        str, typer.Option("--methods", help="To choose from: rtn, gptq, awq.")
+        str, typer.Option("--methods", help="To choose from: rtn, gptq, awq, awq+gptq, gptq+tune.")
     ] = "rtn,gptq",
     group_sizes: Annotated[
         str, typer.Option("--group-sizes", help="To choose from: weights that share a scale.")
@@ -144,7 +144,7 @@ def advise(
 
 
 def _split(methods: str) -> list[str]:
-    """Return the methods; AWQ with GPTQ's rounding is written awq+gptq."""
+    """Return the methods; one of two steps is written with a plus."""
     return [each.strip().replace("+", ",") for each in methods.split(",")]
 
 

@@ -10,7 +10,7 @@ Shapes: W windows, T tokens, D channels, I inputs of a layer.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,12 +82,10 @@ def replaced_layers(model: nn.Module, others: Mapping[str, nn.Module]) -> Iterat
 @contextmanager
 def hooked(handles: Iterable[Any]) -> Iterator[None]:
     """Let hooks be there for a while, and take them away afterwards."""
-    held = list(handles)
-    try:
+    with ExitStack() as stack:
+        for handle in handles:
+            stack.callback(handle.remove)
         yield
-    finally:
-        for handle in held:
-            handle.remove()
 
 
 @torch.no_grad()

@@ -179,6 +179,29 @@ def test_the_model_is_as_it_was(model):
         assert all(torch.equal(after[name], each) for name, each in before.items())
 
 
+def test_tuned_codes_are_measured_as_compress_measures_them(model, text, tmp_path):
+    opened = CausalModel(*load_causal_lm(model, dtype="float32"), name="tiny")
+    bench = Bench(opened.model, read_windows(text, opened, TEXT))
+    before = {name: each.clone() for name, each in opened.model.named_parameters()}
+    plain, tuned = (bench.measure(Way(method, 2, 16)).loss for method in ("gptq", "gptq,tune"))
+    for name, each in opened.model.named_parameters():
+        assert torch.equal(each, before[name])
+    assert tuned != plain
+    config = CompressConfig(method="gptq,tune", bits=2, group_size=16)
+    metrics = compress_model(model, tmp_path / "small", config, text=text, text_config=TEXT)
+    assert metrics["heldout.rise"] == pytest.approx(tuned.rise, abs=0.02 * abs(tuned.rise) + 1e-3)
+
+
+def test_what_tunes_needs_its_package_before_anything_is_loaded(monkeypatch, text, tmp_path):
+    def refuse(*_):
+        raise InputError("TRL is not installed")
+
+    monkeypatch.setattr(advice_module, "import_optional", refuse)
+    monkeypatch.setattr(advice_module, "refuse_quantized", lambda _: None)
+    with pytest.raises(InputError, match="TRL"):
+        advise(tmp_path / "nothing", text, config=AdviseConfig(methods=("rtn", "gptq,tune")))
+
+
 def test_noise_is_the_squared_error_over_the_squared_weights():
     torch.manual_seed(0)
     layers = {name: torch.nn.Linear(64, 32, bias=False) for name in "ab"}

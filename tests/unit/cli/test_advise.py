@@ -23,7 +23,7 @@ def test_what_is_no_share_is_told(text):
 
 
 def test_methods_in_a_list():
-    assert _split("rtn, gptq,awq+gptq") == ["rtn", "gptq", "awq,gptq"]
+    assert _split("rtn, gptq,gptq+tune") == ["rtn", "gptq", "gptq,tune"]
 
 
 @pytest.mark.parametrize(

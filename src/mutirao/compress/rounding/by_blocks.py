@@ -80,6 +80,7 @@ def round_by_blocks(
         )
         if "gptq" in method:
             walk_parts(model, ids_WT, rounding.begin, rounding.round_part)
+            progress.update(bar, completed=len(blocks))
         else:
             walk_blocks(model, ids_WT, rounding.round_block)
     return rounding.quantized
@@ -128,7 +129,8 @@ class _Rounding:
         self._scaled = Scaled({}, {}, {})
         if self._latest is not None:
             self._scaled = self._scale(prefix, block, observe())
-        self._advance()
+        if self.quantized:  # those of the block before
+            self._advance()
         return self._scaled.divisors
 
     def round_part(self, prefix: str, block: nn.Module, drifts: Mapping[str, Drift]) -> None:
