@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mutirao.data.config import DataConfig, DuplicateConfig, QualityConfig
     from mutirao.data.duplicates import DuplicateFilter
-    from mutirao.data.identifiers import Identifier, find_identifiers, redact
+    from mutirao.data.identifiers.replacement import redact
+    from mutirao.data.identifiers.search import Identifier, find_identifiers
     from mutirao.data.prepare import (
         PreparationReport,
         load_records,
@@ -31,21 +32,21 @@ _MODULES = {
     "DuplicateConfig": "config",
     "DuplicateFilter": "duplicates",
     "Example": "tokenization",
-    "Identifier": "identifiers",
+    "Identifier": "identifiers.search",
     "PreparationReport": "prepare",
     "QualityConfig": "config",
     "QualityFilter": "quality",
     "Record": "records",
     "encode_record": "tokenization",
     "encode_records": "tokenization",
-    "find_identifiers": "identifiers",
+    "find_identifiers": "identifiers.search",
     "folder_sha256": "readers",
     "list_files": "readers",
     "load_records": "prepare",
     "load_report": "prepare",
     "prepare_silo": "prepare",
     "read_folder": "readers",
-    "redact": "identifiers",
+    "redact": "identifiers.replacement",
     "side_of": "split",
 }
 

@@ -24,12 +24,8 @@ from mutirao.config import Config
 from mutirao.console import track
 from mutirao.data.config import DataConfig
 from mutirao.data.duplicates import DuplicateFilter
-from mutirao.data.identifiers import (
-    NOT_REMOVED,
-    Identifier,
-    find_identifiers,
-    redact,
-)
+from mutirao.data.identifiers.replacement import redact
+from mutirao.data.identifiers.search import NOT_REMOVED, Identifier, find_identifiers
 from mutirao.data.quality import QualityFilter
 from mutirao.data.readers import folder_sha256, read_folder
 from mutirao.data.records import Record

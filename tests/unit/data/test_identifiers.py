@@ -6,7 +6,8 @@ import time
 import pytest
 
 from mutirao.data import Identifier, find_identifiers, redact
-from mutirao.data.identifiers import count_types
+from mutirao.data.identifiers.recognisers import RECOGNISERS
+from mutirao.data.identifiers.search import _can_match, _find, _numbers, _regions, count_types
 
 
 def types(text):
@@ -55,11 +56,29 @@ def cpf_digits(first_nine):
         ("MRN 4471203", "MRN", "4471203"),
         ("prontuário nº 12345/2020", "MRN", "12345/2020"),
         ("medical record number: A-88213", "MRN", "A-88213"),
+        ("RG 12.345.678-9 SSP/SP", "RG", "12.345.678-9"),
+        ("RG nº MG-12.345.678,", "RG", "MG-12.345.678"),
+        ("identidade: 1234567", "RG", "1234567"),
+        ("portador do 36.482.795-6, residente", "RG", "36.482.795-6"),
+        ("CNH 04567891234 categoria B", "CNH", "04567891234"),
+        ("carteira de motorista nº 04567891234", "CNH", "04567891234"),
+        ("título de eleitor 2288 9321 0566", "TITULO", "2288 9321 0566"),
+        ("Dr. Souza, CRM/SP 123456.", "CRM", "123456"),
+        ("CRM-MG nº 45.678", "CRM", "45.678"),
+        ("CRM 98765-RJ", "CRM", "98765-RJ"),
+        ("from 00:1A:2b:3c:4D:5e today", "MAC", "00:1A:2b:3c:4D:5e"),
+        ("nic 001a.2b3c.4d5e", "MAC", "001a.2b3c.4d5e"),
+        ("key AKIAIOSFODNN7EXAMPLE.", "SECRET", "AKIAIOSFODNN7EXAMPLE"),
+        ("ghp_0123456789abcdefghijABCDEFGHIJ012345", "SECRET", None),
+        ("senha: Verao2024!", "SECRET", "Verao2024!"),
+        ('{"api_key": "0f3a9c77d1"}', "SECRET", "0f3a9c77d1"),
+        ("-----BEGIN PRIVATE KEY-----\nMIIE\nvQ==\n-----END PRIVATE KEY-----", "SECRET", None),
+        ("eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.dozjgNryP4J3jVmN", "SECRET", None),
         ("IBAN GB82 WEST 1234 5698 7654 32", "IBAN", "GB82 WEST 1234 5698 7654 32"),
     ],
 )
 def test_identifier_is_found_whole(text, type_, value):
-    assert types(text) == [(type_, value)]
+    assert types(text) == [(type_, value or text)]
 
 
 @pytest.mark.parametrize(
@@ -73,6 +92,8 @@ def test_identifier_is_found_whole(text, type_, value):
         "Pectin methylesterase (EC 3.1.1.11) at 38.4 °C (101.1 °F), 183 cm, 80 kg.",
         "Appointment on 12/03/2019 at 10:30:15, room 204; pages 1123-1130; section 6.1.2.2.",
         "Cohort of 15 000 000 people and 123 456 789 00 counts; 1,234,567.89 dollars.",
+        "Lote 12.345.678-0, protocolo 2024.000123-45, CID F32.1, senha: paciente aguarda.",
+        "A CRM de 2024 trouxe 12 casos; token of gratitude; key: value; horas 10:20:30:40.",
         "CPF 12 cells, SSN channel 3, call 911, card 12.",
     ],
 )
@@ -131,3 +152,32 @@ def test_time_grows_linearly_with_hostile_text(unit):
     # Quadratic time would be a hundred times the shorter run's, and minutes in all.
     shorter = max(*(seconds(10_000) for _ in range(3)), 0.01)
     assert seconds(100_000) < 60 * shorter
+
+
+NEIGHBOURS = """.|-|/|(|)|+|:|,|x|@| |a|A|CPF |RG |tel. |CRM/SP |a@b.co|www.a|CNPJ |senha: |born |
+MRN |EC |card |título |CEP |DOB |SSN |PIS |CNH |social security """
+VALUES = """123.456.789-09|12345678909|11.222.333/0001-81|700 0000 0000 0005|120.54123.72-4|
+01310-100|(11) 98765-4321|+55 11 98765-4321|+5511987654321|202-555-0143x12|4111 1111 1111 1111|
+192.168.10.7|078-05-1120|2288 9321 0566|04567891234|36.482.795-6|123456|45.678|12/03/1961|
+001a.2b3c.4d5e|11 3456-7890|11 98765-4321|11222333000181|2001:db8:85a3::8a2e:370:7334|
+12.ABC.345/01DE-35|00:1A:2b:3c:4D:5e|AKIAIOSFODNN7EXAMPLE"""
+
+
+def test_where_it_looks_changes_nothing():
+    """Numbers are looked for in rows of digits, other things where a word of theirs stands."""
+    random_ = random.Random(0)
+    words, values = (each.replace("\n", "").split("|") for each in (NEIGHBOURS, VALUES))
+    found = set()
+    for _ in range(100):
+        text = "".join(
+            random_.choice(random_.choice((words, values, values, "0123456789", [" "])))
+            for _ in range(1500)
+        )
+        numbers = list(_numbers(text))
+        for recogniser in RECOGNISERS:
+            whole = set(_find(recogniser, text, [(0, len(text))]))
+            assert set(_find(recogniser, text, _regions(recogniser, text, numbers))) == whole
+            assert not whole or _can_match(recogniser, text, text.lower())
+            found |= {recogniser} if whole else set()
+    missed = [each for each in RECOGNISERS if each.least_digits and each not in found]
+    assert not missed

@@ -6,7 +6,7 @@ import pytest
 
 from mutirao.artifact import open_artifact
 from mutirao.data import DataConfig, load_records, load_report, prepare_silo
-from mutirao.data.identifiers import find_identifiers
+from mutirao.data.identifiers.search import find_identifiers
 from mutirao.data.prepare import redact_record
 from mutirao.data.records import Record
 from mutirao.errors import ArtifactError, DataError
