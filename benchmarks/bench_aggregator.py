@@ -31,8 +31,8 @@ from typing import Any
 from aggregator_chart import draw
 from aggregator_summary import summarize, table
 from aggregator_task import Task, count_parameters
-from inference.installation import PeerError
 from inference.machine import describe_machine
+from peer_environment import PeerError, make_environment
 
 from mutirao.environment import cache_directory, silence
 
@@ -162,26 +162,10 @@ def _has_namespaces() -> bool:
 
 def _install_nvflare(folder: Path) -> str:
     """Return the Python of NVFlare's environment, or why there is none."""
-    python = folder / "nvflare" / "bin" / "python"
-    done, wanted = folder / "nvflare" / "installed.txt", "\n".join(REQUIREMENTS)
-    if done.is_file() and done.read_text() == wanted:
-        return str(python)
-    index = os.environ.get("TORCH_INDEX")
-    extra = ["--extra-index-url", index] if index else []
     try:
-        _call([sys.executable, "-m", "venv", "--clear", str(folder / "nvflare")])
-        _call([str(python), "-m", "pip", "install", "--quiet", *extra, *REQUIREMENTS])
+        return str(make_environment(folder / "nvflare", REQUIREMENTS))
     except PeerError as error:
         return f"NVFlare could not be installed: {error}"
-    done.write_text(wanted)
-    return str(python)
-
-
-def _call(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        tail = (done.stderr or done.stdout).strip()[-1000:]
-        raise PeerError(f"{' '.join(command[:4])} … failed with {done.returncode}: {tail}")
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

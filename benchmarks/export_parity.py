@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 from inference.machine import describe_machine
+from peer_environment import make_environment
 
 from mutirao.artifact import write_atomic
 from mutirao.compress.compression import compress_model
@@ -158,14 +159,7 @@ def _llama_cpp(
 
 def _python() -> Path:
     """Return the interpreter of llama.cpp's environment, made once in the cache."""
-    venv = cache_directory() / "bench-export" / "venv"
-    python, stamp = venv / "bin" / "python", venv / "installed.txt"
-    wanted = "\n".join(LLAMA_CPP)
-    if not stamp.is_file() or stamp.read_text() != wanted:
-        subprocess.run([sys.executable, "-m", "venv", "--clear", str(venv)], check=True)
-        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *LLAMA_CPP], check=True)
-        write_atomic(stamp, wanted)
-    return python
+    return make_environment(cache_directory() / "bench-export" / "venv", LLAMA_CPP)
 
 
 def _compare(expected: np.ndarray, got: np.ndarray) -> dict[str, float]:

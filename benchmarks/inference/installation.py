@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
 import httpx
+from peer_environment import PeerError, call, make_environment
 
-from mutirao.artifact import sha256_of_file, write_atomic
-from mutirao.errors import MutiraoError
+from mutirao.artifact import sha256_of_file
 from mutirao.sources.download import RemoteFile, download
 
 REQUIREMENTS = (
@@ -44,27 +42,13 @@ LLAMA_CPP_OPTIONS = (
 LLAMA_CPP_PROGRAMS = ("llama-server", "llama-quantize", "llama-perplexity", "llama-bench")
 
 
-class PeerError(MutiraoError):
-    """A peer could not be installed here."""
-
-
 def install_python_peers(folder: Path) -> Path:
     """Make the virtual environment of accelerate and AirLLM; return its Python.
 
     Raises:
         PeerError: pip failed; its last words are in the message.
     """
-    python = folder / "venv" / "bin" / "python"
-    done = folder / "venv" / "installed.txt"
-    wanted = "\n".join(REQUIREMENTS)
-    if done.is_file() and done.read_text() == wanted:
-        return python
-    _run([sys.executable, "-m", "venv", "--clear", str(folder / "venv")])
-    index = os.environ.get("TORCH_INDEX")
-    extra = ["--extra-index-url", index] if index else []
-    _run([str(python), "-m", "pip", "install", "--quiet", *extra, *REQUIREMENTS])
-    write_atomic(done, wanted)
-    return python
+    return make_environment(folder / "venv", REQUIREMENTS)
 
 
 def build_llama_cpp(folder: Path) -> Path:
@@ -87,9 +71,9 @@ def build_llama_cpp(folder: Path) -> Path:
     root = next(source.iterdir()) / "vendor" / "llama.cpp"
     build = folder / "llama-build"
     generator = ["-G", "Ninja"] if shutil.which("ninja") else []
-    _run(["cmake", "-S", str(root), "-B", str(build), *generator, *LLAMA_CPP_OPTIONS])
+    call(["cmake", "-S", str(root), "-B", str(build), *generator, *LLAMA_CPP_OPTIONS])
     targets = ["--target", *LLAMA_CPP_PROGRAMS]
-    _run(["cmake", "--build", str(build), "--parallel", str(os.cpu_count() or 1), *targets])
+    call(["cmake", "--build", str(build), "--parallel", str(os.cpu_count() or 1), *targets])
     programs.mkdir(parents=True, exist_ok=True)
     for name in LLAMA_CPP_PROGRAMS:
         shutil.copy2(build / "bin" / name, programs / name)
@@ -114,10 +98,3 @@ def download_source(folder: Path) -> Path:
         part = folder / f"{LLAMA_CPP_FILE}.part"
         download(client, remote, part, LLAMA_CPP_VERSION)
     return part.rename(archive)
-
-
-def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        tail = (done.stderr or done.stdout).strip()[-1500:]
-        raise PeerError(f"{' '.join(command[:4])} … failed with {done.returncode}: {tail}")

@@ -20,7 +20,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import tarfile
 import time
 from collections.abc import Callable, Sequence
@@ -31,10 +30,10 @@ from typing import Any
 import psutil
 from aggregator_memory import MemorySampler, tree_of
 from inference.installation import LLAMA_CPP_OPTIONS, LLAMA_CPP_VERSION, download_source
+from peer_environment import PeerError, call, make_environment
 
 from mutirao.artifact import write_atomic
 from mutirao.environment import cache_directory
-from mutirao.errors import MutiraoError
 
 HERE = Path(__file__).parent
 TORCH = "torch==2.13.0"
@@ -68,10 +67,6 @@ LLAMA_CPP_TYPES = (
 LLAMA_CPP_FOLDED = tuple(name for name in LLAMA_CPP_TYPES if name not in ("Q4_0", "IQ4_NL"))
 """Those with blocks of 256, which not every row fills."""
 TIME_LIMIT_S = 4 * 3600.0
-
-
-class PeerError(MutiraoError):
-    """A peer could not be installed or run here."""
 
 
 @dataclass(frozen=True)
@@ -159,17 +154,7 @@ def install(peer: str, folder: Path | None = None) -> Path:
     if peer == "llama.cpp":
         _build_llama_cpp(folder)
         requirements += GGUF_REQUIREMENTS
-    place = folder / f"env-{peer}"
-    python, done = place / "bin" / "python", place / "installed.txt"
-    wanted = "\n".join(requirements)
-    if done.is_file() and done.read_text(encoding="utf-8") == wanted:
-        return python
-    _run([sys.executable, "-m", "venv", "--clear", str(place)])
-    index = os.environ.get("TORCH_INDEX")
-    extra = ["--extra-index-url", index] if index else []
-    _run([str(python), "-m", "pip", "install", "--quiet", *extra, *requirements])
-    write_atomic(done, wanted)
-    return python
+    return make_environment(folder / f"env-{peer}", requirements)
 
 
 def quantize(
@@ -312,9 +297,9 @@ def _build_llama_cpp(folder: Path) -> None:
         tar.extractall(source, filter="data")
     root = next(source.iterdir()) / "vendor" / "llama.cpp"
     generator = ["-G", "Ninja"] if shutil.which("ninja") else []
-    _run(["cmake", "-S", str(root), "-B", str(build), *generator, *LLAMA_CPP_OPTIONS])
+    call(["cmake", "-S", str(root), "-B", str(build), *generator, *LLAMA_CPP_OPTIONS])
     jobs = str(os.cpu_count() or 1)
-    _run(["cmake", "--build", str(build), "--parallel", jobs, "--target", "llama-quantize"])
+    call(["cmake", "--build", str(build), "--parallel", jobs, "--target", "llama-quantize"])
     shutil.rmtree(program.parent, ignore_errors=True)
     shutil.copytree(root / "gguf-py", program.parent / "gguf-py")
     part = program.with_suffix(".part")
@@ -322,13 +307,6 @@ def _build_llama_cpp(folder: Path) -> None:
     part.rename(program)
     shutil.rmtree(source)
     shutil.rmtree(build)
-
-
-def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        tail = (done.stderr or done.stdout).strip()[-1500:]
-        raise PeerError(f"{' '.join(command[:4])} … failed with {done.returncode}: {tail}")
 
 
 def main() -> None:

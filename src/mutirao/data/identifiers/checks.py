@@ -44,9 +44,24 @@ def is_rg(value: str) -> bool:
     return digits[-1] == ("X" if last == 10 else str(last))
 
 
+_ISSUED = re.compile(
+    r"""4\d{12}(?:\d{3}){0,2}                                      # Visa
+    |(?:5[1-5]\d\d|222[1-9]|22[3-9]\d|2[3-6]\d\d|27[01]\d|2720)\d{12}  # Mastercard
+    |3[47]\d{13}                                                 # American Express
+    |3(?:0[0-5]|[68]\d)\d{11}                                    # Diners Club
+    |(?:2131|1800|35\d\d\d)\d{11}                                # JCB
+    |6(?:011|5\d\d|4[4-9]\d)\d{12}                               # Discover
+    |(?:50[0-9]|5[678]\d|63\d|67\d)\d{9,16}                      # Maestro, Elo
+    |60\d{14}|62\d{14,17}                                        # Hipercard, UnionPay
+    """,
+    re.VERBOSE,
+)
+"""Lengths and first digits of issuers (ISO/IEC 7812 registry, as published by the schemes)."""
+
+
 def is_card(value: str) -> bool:
-    """Whether a number without a telling word has an issuer's prefix and a check digit."""
-    return value[0] in "23456" and is_luhn(value)
+    """Whether a number without a telling word has an issuer's form and a check digit."""
+    return _ISSUED.fullmatch(_digits(value)) is not None and is_luhn(value)
 
 
 def is_luhn(value: str) -> bool:

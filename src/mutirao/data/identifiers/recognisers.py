@@ -39,6 +39,8 @@ class Recogniser:
     check: Check | None = None
     context: re.Pattern[str] | None = None
     """What the text right before must end with."""
+    unless: re.Pattern[str] | None = None
+    """What it must not end with: words that say that a number is another."""
     words: tuple[str, ...] = ()
     """In lower case; a text that has none of them has no match. Empty: any text may."""
     hint: re.Pattern[str] | None = None
@@ -67,10 +69,10 @@ _LEAST_DIGITS = {
 def _number(
     type_: str, pattern: str, score: float, check: Check | None = None, after: str = ""
 ) -> Recogniser:
-    """Return a recogniser of rows of digits, beside words where some are named."""
-    context = _after(after) if after else None
+    """Return a recogniser of rows of digits: right after words, or not after those of others."""
+    context, unless = (_after(after), None) if after else (None, _OTHER_NUMBERS)
     least = _LEAST_DIGITS[type_]
-    return Recogniser(type_, re.compile(pattern), score, check, context, least_digits=least)
+    return Recogniser(type_, re.compile(pattern), score, check, context, unless, least_digits=least)
 
 
 def _after(words: str) -> re.Pattern[str]:
@@ -80,6 +82,12 @@ def _after(words: str) -> re.Pattern[str]:
         re.IGNORECASE,
     )
 
+
+_OTHER_NUMBERS = _after(
+    r"lote?|batch|s[eé]rie|serial(?: number| no)?|protocolo?|pedido|order|invoice|nota fiscal"
+    r"|NF-?e?|processo|case|ticket|chamado|c[oó]digo(?: de barras)?|barcode|IMEI|chassi|PMID"
+    r"|ISBN|EAN|tracking|parcel|guia|refer[eê]ncia|reference"
+)
 
 _MONTHS = "jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec|fev|abr|mai|ago|set|out|dez"
 _DATE = (

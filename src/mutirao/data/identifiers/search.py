@@ -107,9 +107,10 @@ def _find(recogniser: Recogniser, text: str, regions: Iterable[Region]) -> Itera
     for begin, until in regions:
         for match in recogniser.pattern.finditer(text, begin, until):
             start, end = match.span(group)
-            if recogniser.context is not None:
-                before = text[max(0, start - _CONTEXT_CHARACTERS) : start]
-                if not recogniser.context.search(before):
-                    continue
-            if recogniser.check is None or recogniser.check(text[start:end]):
+            if recogniser.check is not None and not recogniser.check(text[start:end]):
+                continue
+            before = text[max(0, start - _CONTEXT_CHARACTERS) : start]
+            if recogniser.context is not None and not recogniser.context.search(before):
+                continue
+            if recogniser.unless is None or not recogniser.unless.search(before):
                 yield Identifier(start, end, recogniser.type, recogniser.score)
