@@ -13,7 +13,7 @@ INSTALLED := $(VENV)/.installed
 INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX),)
 CONSTRAINTS := $(CURDIR)/constraints.txt
 
-.PHONY: help demo test test-slow check fmt bench bench-demo bench-outcome bench-inference bench-plan bench-federated bench-aggregator bench-privacy bench-export bench-precision bench-law bench-curated bench-compress bench-quantizers clean
+.PHONY: help demo test test-slow check fmt bench bench-demo bench-outcome bench-inference bench-plan bench-federated bench-aggregator bench-privacy bench-export bench-precision bench-law bench-curated bench-compress bench-quantizers bench-data clean
 .DEFAULT_GOAL := help
 
 help:  ## say what can be made
@@ -89,6 +89,9 @@ bench-compress: $(INSTALLED)  ## every way to make a model smaller: ARGS="MODEL 
 
 bench-quantizers: $(INSTALLED)  ## our quantizers beside other people's: ARGS="MODEL TEXT" (a day)
 	$(BIN)/python benchmarks/bench_quantizers.py $(ARGS)
+
+bench-data: $(INSTALLED)  ## the data stage beside its peers: ARGS="--presidio-texts DEV.json" (minutes)
+	$(BIN)/python benchmarks/bench_data.py $(ARGS)
 
 clean:  ## remove what was built; downloads and runs under MUTIRAO_HOME stay
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -73,7 +73,7 @@ def is_luhn(value: str) -> bool:
 
 def is_iban(value: str) -> bool:
     """Check an account's length and its remainder modulo 97."""
-    compact = value.replace(" ", "")
+    compact = value.replace(" ", "").upper()
     if not 15 <= len(compact) <= 34:
         return False
     return int("".join(str(int(c, 36)) for c in compact[4:] + compact[:4])) % 97 == 1

@@ -59,7 +59,7 @@ _LEAST_DIGITS = {
     "TITULO": 12,
     "CNH": 11,
     "CEP": 8,
-    "PHONE": 8,
+    "PHONE": 7,
     "IP": 4,
     "SSN": 9,
     "CREDIT_CARD": 12,
@@ -76,9 +76,9 @@ def _number(
 
 
 def _after(words: str) -> re.Pattern[str]:
-    """Match words that end shortly before the value, with nothing but marks between."""
+    """Match words that end shortly before the value, with hardly more than marks between."""
     return re.compile(
-        rf"\b(?:{words})\b[^\w\n]{{0,4}}(?:(?:n[uú]mero|n[ºo°]?[.:]?)\s?)?[(+#:]?\s?$",
+        rf"\b(?:{words})\b(?: is| é)?[^\w\n]{{0,4}}(?:(?:n[uú]mero|n[ºo°]?[.:]?)\s?)?[(+#:]?\s?$",
         re.IGNORECASE,
     )
 
@@ -105,8 +105,9 @@ _RECORD_WORDS = (
     r"(?: n[uú]mero| n[ºo°]\.?)?\W{0,3}"
 )
 _PHONE_WORDS = (
-    r"tel|telefone|telephone|fone|phone|cel|cell|celular|mobile|whatsapp|fax|ramal"
+    r"tel|telefone|telephone|fone|phone|cel|cell|celular|mobile|whatsapp|fax|ramal|desk|direct"
     r"|contato|contact|call|ligar para|phone number"
+    r"|(?:call|text|ring|phone|reach)(?: me| us| him| her| them)? (?:on|at)"
 )
 _STATES = "AC|AL|AM|AP|BA|CE|DF|ES|GO|MA|MG|MS|MT|PA|PB|PE|PI|PR|RJ|RN|RO|RR|RS|SC|SE|SP|TO"
 _SECRET_WORDS = (
@@ -211,7 +212,7 @@ _PHONES = (
     # With a country code, with an area code in a national form, or by context.
     _number(
         "PHONE",
-        r"(?<![\w+])\+\d{1,4}(?:[ .-]?\(\d{1,4}\)[ .-]?\d{2,5}|[ .-]\d{2,5})"
+        r"(?<![\w+])\+\d{1,7}(?:[ .-]?\(\d{1,4}\)[ .-]?\d{1,5}|[ .-]\d{2,5})"
         r"(?:[ .-]\d{2,5}){0,4}(?:x\d{1,6})?(?!\w)",
         0.85,
         has_digits(9, 21),
@@ -236,8 +237,19 @@ _PHONES = (
         r"(?<![\w(+.])(?:\d{8,13}|\(\d{2,4}\)[ -]?\d{8,9}"
         r"|(?:\(\d{2,4}\)[ -]?\d{3,5}|\d{2,5})(?:[ .-]\d{2,5}){1,4})(?:x\d{1,6})?(?!\w)",
         0.75,
-        has_digits(8, 21),
+        has_digits(7, 21),
         after=_PHONE_WORDS,
+    ),
+    Recogniser(
+        "PHONE",
+        re.compile(
+            r"(?<![\w(+.-])(?:\(\d{2,4}\)[ -]?)?\d{2,5}(?:[ .-]\d{2,5}){1,4}"
+            r"(?=[ -]{1,2}(?:office|mobile|cell|fax|home|work|celular|recado|ramal)\b)",
+            re.IGNORECASE,
+        ),
+        0.75,
+        has_digits(7, 21),
+        words=("office", "mobile", "cell", "fax", "home", "work", "celular", "recado", "ramal"),
     ),
 )
 
@@ -300,13 +312,20 @@ _INTERNATIONAL = (
         r"(?<![\w.,/-])\d(?:[ -]?\d){11,18}(?![\w/-]|[.,]\d)",
         0.9,
         is_luhn,
-        after=r"card|card number|cart[aã]o|visa|mastercard|amex",
+        after=r"card|cc|card number|cart[aã]o|visa|mastercard|amex",
     ),
     Recogniser(
         "IBAN",
         re.compile(r"(?<!\w)[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?(?!\w)"),
         0.95,
         is_iban,
+    ),
+    Recogniser(
+        "IBAN",
+        re.compile(r"(?<!\w)[a-z]{2}\d{2}[a-z0-9]{11,30}(?!\w)"),
+        0.95,
+        is_iban,
+        words=("iban",),
     ),
     Recogniser(
         "DATE_OF_BIRTH",
