@@ -42,6 +42,14 @@ class DuplicateConfig(Config):
     """Length of a MinHash signature."""
 
 
+class IdentifierConfig(Config):
+    """What is done with identifiers of people."""
+
+    mode: Literal["redact", "surrogate", "drop"] = "redact"
+    """'redact' puts the type in their place, 'surrogate' a value of the same form, the same for the
+    same value, 'drop' leaves out the records that have any."""
+
+
 class DataConfig(Config):
     """How a silo's text is made ready."""
 
@@ -49,6 +57,8 @@ class DataConfig(Config):
     """Limits of the quality filter."""
     duplicates: DuplicateConfig = DuplicateConfig()
     """How alike two records must be for the later one to be dropped."""
+    identifiers: IdentifierConfig = IdentifierConfig()
+    """What is done with identifiers of people."""
     heldout_share: float = Field(default=0.1, gt=0, lt=1)
     """Expected share of records held out for evaluation, between 0 and 1."""
     min_train_records: int = Field(default=20, ge=1)

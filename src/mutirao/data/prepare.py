@@ -14,6 +14,8 @@ import json
 import textwrap
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TextIO
 
@@ -24,8 +26,9 @@ from mutirao.config import Config
 from mutirao.console import track
 from mutirao.data.config import DataConfig
 from mutirao.data.duplicates import DuplicateFilter
-from mutirao.data.identifiers.replacement import redact
+from mutirao.data.identifiers.replacement import Put, redact, type_in_brackets
 from mutirao.data.identifiers.search import NOT_REMOVED, Identifier, find_identifiers
+from mutirao.data.identifiers.surrogates import surrogate, value_hash
 from mutirao.data.quality import QualityFilter
 from mutirao.data.readers import folder_sha256, read_folder
 from mutirao.data.records import Record
@@ -34,6 +37,7 @@ from mutirao.errors import ArtifactError, DataError
 
 SIDES: tuple[Side, ...] = ("train", "heldout")
 REPORT_NAME = "report.json"
+AUDIT_NAME = "audit.jsonl"
 _EXCERPT_CHARACTERS = 120
 _EXCERPTS_PER_REASON = 3
 
@@ -90,32 +94,46 @@ class PreparationReport(Config):
 
 
 def prepare_silo(
-    name: str, folder: Path, out: Path, config: DataConfig, *, injected: Path | None = None
+    name: str,
+    folder: Path,
+    out: Path,
+    config: DataConfig,
+    *,
+    injected: Path | None = None,
+    key: bytes | None = None,
 ) -> PreparationReport:
     """Make a silo's folder of raw text into an artifact of kind "data".
 
     Args:
         name: the silo's name, for messages and lineage.
         folder: raw text; see ``readers``.
-        out: the artifact's folder: train.jsonl, heldout.jsonl, report.json.
+        out: the artifact's folder: train.jsonl, heldout.jsonl, report.json, and audit.jsonl where
+            there is a key.
         config: limits of every step.
         injected: JSONL of ``InjectedIdentifier`` rows, or None.
+        key: the site's own, see ``identifiers.surrogates``; None: identifiers cannot be replaced by
+            surrogates, and no audit is written.
 
     Returns:
         The report, as written in the artifact.
 
     Raises:
-        DataError: the folder or a row cannot be read, or too few records are left.
+        DataError: the folder or a row cannot be read, too few records are left, or there is no key
+            for surrogates.
         DiskFullError: no room; ``out`` is as it was.
     """
+    if config.identifiers.mode == "surrogate" and key is None:
+        raise DataError("data.identifiers.mode='surrogate' needs the site's key; give one")
     truth = _read_injected(injected) if injected is not None else None
     recipe = config.model_dump(mode="json")
     with write_artifact(out, "data", recipe=recipe) as writer:
         writer.add_source("raw text", f"{name}: folder {folder.name}", folder_sha256(folder))
-        preparation = _Preparation(config, truth)
+        audit = _Audit(writer.path / AUDIT_NAME, key) if key is not None else None
+        preparation = _Preparation(config, truth, key, audit)
         with (
             (writer.path / "train.jsonl").open("w", encoding="utf-8") as train,
             (writer.path / "heldout.jsonl").open("w", encoding="utf-8") as heldout,
+            audit or nullcontext(),
         ):
             files: dict[Side, TextIO] = {"train": train, "heldout": heldout}
             for record in track(read_folder(folder), f"preparing {name}"):
@@ -171,9 +189,17 @@ class _Preparation:
     """The steps of one silo, and the counts they leave."""
 
     def __init__(
-        self, config: DataConfig, truth: dict[str, list[InjectedIdentifier]] | None
+        self,
+        config: DataConfig,
+        truth: dict[str, list[InjectedIdentifier]] | None,
+        key: bytes | None,
+        audit: _Audit | None,
     ) -> None:
         self._config = config
+        self._audit = audit
+        self._put = type_in_brackets
+        if key is not None and config.identifiers.mode == "surrogate":
+            self._put = partial(surrogate, key=key)
         self._truth = truth
         self._quality = QualityFilter(config.quality)
         self._duplicates = DuplicateFilter(config.duplicates)
@@ -197,8 +223,13 @@ class _Preparation:
         identifiers = find_identifiers(record.text)
         self._types.update(item.type for item in identifiers)
         self._count_caught(truth, identifiers)
+        if self._audit is not None:
+            self._audit.add(record, identifiers)
+        if identifiers and self._config.identifiers.mode == "drop":
+            self._drop(record, "identifiers")
+            return
         side = side_of(record, self._config.heldout_share)
-        kept = redact_record(record, identifiers)
+        kept = redact_record(record, identifiers, self._put)
         self._num_kept[side] += 1
         self._num_bytes_kept += len(kept.text.encode("utf-8"))
         yield kept, side
@@ -258,7 +289,33 @@ class _Preparation:
             )
 
 
-def redact_record(record: Record, identifiers: Iterable[Identifier]) -> Record:
+class _Audit:
+    """A line for each identifier: its record, its type, and a hash under the site's key."""
+
+    def __init__(self, path: Path, key: bytes) -> None:
+        self._key = key
+        self._file = path.open("w", encoding="utf-8")
+
+    def __enter__(self) -> _Audit:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def add(self, record: Record, identifiers: Iterable[Identifier]) -> None:
+        for item in identifiers:
+            value = record.text[item.start : item.end]
+            row = {
+                "record": record.id,
+                "type": item.type,
+                "hash": value_hash(item.type, value, self._key),
+            }
+            self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def redact_record(
+    record: Record, identifiers: Iterable[Identifier], put: Put = type_in_brackets
+) -> Record:
     """Return the record with identifiers replaced, its boundary still where it was.
 
     An identifier that runs across the boundary is replaced on both sides of it. Choices
@@ -276,10 +333,10 @@ def redact_record(record: Record, identifiers: Iterable[Identifier]) -> Record:
         for item in identifiers
         if item.end > boundary
     ]
-    context = redact(record.context, given)
-    choices = tuple(redact(choice, find_identifiers(choice)) for choice in record.choices)
+    context = redact(record.context, given, put)
+    choices = tuple(redact(choice, find_identifiers(choice), put) for choice in record.choices)
     changes = {
-        "text": context + redact(record.completion, learned),
+        "text": context + redact(record.completion, learned, put),
         "context_length": len(context),
         "choices": choices,
     }

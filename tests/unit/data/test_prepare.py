@@ -1,11 +1,14 @@
 import json
+import re
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 
 from mutirao.artifact import open_artifact
 from mutirao.data import DataConfig, load_records, load_report, prepare_silo
+from mutirao.data.config import IdentifierConfig
 from mutirao.data.identifiers.search import find_identifiers
 from mutirao.data.prepare import redact_record
 from mutirao.data.records import Record
@@ -160,3 +163,53 @@ def test_importing_the_package_and_its_config_loads_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+KEY = bytes(32)
+
+
+def _with_identifiers(silo):
+    path = silo / "notes.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[7]["text"] += " Her number, 202-555-0143, was called again."
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_surrogates_are_the_same_in_all_records_and_the_audit_names_no_value(silo, tmp_path):
+    _with_identifiers(silo)
+    config = CONFIG.model_copy(update={"identifiers": IdentifierConfig(mode="surrogate")})
+    report = prepare_silo("a", silo, tmp_path / "out", config, key=KEY)
+    assert report.identifiers == {"EMAIL": 1, "PHONE": 2}
+    records = [
+        record for side in ("train", "heldout") for record in load_records(tmp_path / "out", side)
+    ]
+    everything = "\n".join(record.text for record in records)
+    assert "202-555-0143" not in everything
+    assert "ana@example.org" not in everything
+    phones = re.findall(r"\d{3}-\d{3}-\d{4}", everything)
+    assert len(phones) == 2
+    assert len(set(phones)) == 1
+    audit = (tmp_path / "out" / "audit.jsonl").read_text()
+    rows = [json.loads(line) for line in audit.splitlines()]
+    assert Counter(row["type"] for row in rows) == {"EMAIL": 1, "PHONE": 2}
+    hashes = {row["hash"] for row in rows if row["type"] == "PHONE"}
+    assert len(hashes) == 1
+    assert "0143" not in audit
+    assert "example.org" not in audit
+
+
+def test_records_with_identifiers_can_be_left_out(silo, tmp_path):
+    _with_identifiers(silo)
+    config = CONFIG.model_copy(update={"identifiers": IdentifierConfig(mode="drop")})
+    report = prepare_silo("a", silo, tmp_path / "out", config)
+    assert report.dropped["identifiers"] == 2
+    assert report.identifiers == {"EMAIL": 1, "PHONE": 2}
+    assert not (tmp_path / "out" / "audit.jsonl").exists()
+    assert "0143" not in json.dumps(report.examples_dropped)
+
+
+def test_surrogates_need_a_key(silo, tmp_path):
+    config = CONFIG.model_copy(update={"identifiers": IdentifierConfig(mode="surrogate")})
+    with pytest.raises(DataError, match="key"):
+        prepare_silo("a", silo, tmp_path / "out", config)
+    assert not (tmp_path / "out").exists()
