@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mutirao.compress.config import TextConfig
-from mutirao.data.readers import read_file, read_folder
+from mutirao.data.readers.folder import read_file, read_folder
 from mutirao.errors import DataError, InputError
 
 HELDOUT_SHARE = 0.2
@@ -44,7 +44,7 @@ def read_windows(path: Path, encoder: Encoder, config: TextConfig) -> Windows:
     """Cut text into windows.
 
     Args:
-        path: a folder, or a file, of ``.jsonl``, ``.txt`` or ``.md``.
+        path: a folder, or a file, of a kind that ``data.readers`` reads.
         encoder: the model's own.
         config: how many windows, how long.
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
         prepare_silo,
     )
     from mutirao.data.quality import QualityFilter
-    from mutirao.data.readers import folder_sha256, list_files, read_folder
+    from mutirao.data.readers.folder import folder_sha256, list_files, read_folder
     from mutirao.data.records import Record
     from mutirao.data.split import side_of
     from mutirao.data.tokenization import Example, encode_record, encode_records
@@ -40,12 +40,12 @@ _MODULES = {
     "encode_record": "tokenization",
     "encode_records": "tokenization",
     "find_identifiers": "identifiers.search",
-    "folder_sha256": "readers",
-    "list_files": "readers",
+    "folder_sha256": "readers.folder",
+    "list_files": "readers.folder",
     "load_records": "prepare",
     "load_report": "prepare",
     "prepare_silo": "prepare",
-    "read_folder": "readers",
+    "read_folder": "readers.folder",
     "redact": "identifiers.replacement",
     "side_of": "split",
 }

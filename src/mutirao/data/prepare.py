@@ -30,7 +30,7 @@ from mutirao.data.identifiers.replacement import Put, redact, type_in_brackets
 from mutirao.data.identifiers.search import NOT_REMOVED, Identifier, find_identifiers
 from mutirao.data.identifiers.surrogates import surrogate, value_hash
 from mutirao.data.quality import QualityFilter
-from mutirao.data.readers import folder_sha256, read_folder
+from mutirao.data.readers.folder import folder_sha256, read_folder
 from mutirao.data.records import Record
 from mutirao.data.split import Side, side_of
 from mutirao.errors import ArtifactError, DataError

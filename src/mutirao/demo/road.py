@@ -158,7 +158,7 @@ def _data_step(road: Road, name: str) -> Step:
     parents: tuple[Path, ...] = (road.run / "silos",)
     if road.recipe.silos:
         folder = Path(road.recipe.silos[name]).expanduser()
-        from mutirao.data.readers import folder_sha256
+        from mutirao.data.readers.folder import folder_sha256
 
         settings["folder"], settings["content"] = str(folder.resolve()), folder_sha256(folder)
         parents = ()
@@ -424,7 +424,7 @@ def check_recipe(recipe: DemoRecipe) -> None:
         RecipeError: the silos would train in turns, beside which none can be trained alone.
         DataError: a silo's folder is missing, or holds no file that can be read.
     """
-    from mutirao.data.readers import list_files
+    from mutirao.data.readers.folder import list_files
 
     parse_source(recipe.model)
     if recipe.federated.turns > 1:

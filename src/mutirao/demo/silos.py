@@ -31,7 +31,7 @@ from pydantic import Field, JsonValue
 
 from mutirao.artifact import write_atomic
 from mutirao.config import Config
-from mutirao.data.readers import row_id
+from mutirao.data.readers.json_lines import row_id
 from mutirao.demo.patients import PATIENTS_NAME, bayes_auroc, write_patients
 from mutirao.errors import DataError
 

@@ -4,7 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from mutirao.data import Record, folder_sha256, read_folder
-from mutirao.data.readers import PIECE_CHARACTERS
+from mutirao.data.readers.documents import PIECE_CHARACTERS
 from mutirao.errors import DataError
 
 
@@ -40,7 +40,7 @@ def test_files_come_in_sorted_order_from_all_folders(tmp_path):
     write_rows(tmp_path / "b" / "x.jsonl", {"text": "first"})
     (tmp_path / "c.txt").write_text("middle")
     (tmp_path / ".hidden.txt").write_text("never")
-    (tmp_path / "table.csv").write_text("never")
+    (tmp_path / "picture.png").write_text("never")
     assert [record.text for record in read_folder(tmp_path)] == ["first", "middle", "last"]
 
 
