@@ -137,10 +137,11 @@ def _effective_share(trained: Row, rows: Sequence[Row]) -> float:
 
 
 def _draw(found: Sequence[Row], path: Path) -> None:
-    longest = max(each["num_tokens"] for each in found)
-    shown = [each for each in found if each["num_tokens"] == longest]
-    size = min(shown, key=lambda each: int(each["size"]))["size"]
-    shown = [each for each in shown if each["size"] == size]
+    size = min((each["size"] for each in found), key=int)
+    runs = [each for each in found if each["size"] == size]
+    tokens = [each["num_tokens"] for each in runs]
+    most = max(tokens, key=lambda each: (tokens.count(each), each))
+    shown = [each for each in runs if each["num_tokens"] == most]
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "mutirao", "font.size": 9}):
         figure = Figure(figsize=(9, 4), layout="constrained")
         FigureCanvasSVG(figure)
@@ -157,7 +158,7 @@ def _draw(found: Sequence[Row], path: Path) -> None:
             axes.set(xlabel="bits after training, to nearest", title=where, xticks=[2, 3, 4, 5])
             axes.spines[["top", "right"]].set_visible(False)
         figure.axes[0].set(ylabel="loss, nats per byte")
-        figure.axes[0].legend(title="trained in", frameon=False)
+        figure.axes[0].legend(title=f"trained in, {most / 1e6:.1f} MB", frameon=False)
         figure.savefig(path, format="svg", metadata={"Date": None})
 
 
