@@ -10,6 +10,7 @@ from mutirao import __version__
 from mutirao.cli import (
     advise,
     compress,
+    data,
     demo,
     doctor,
     export,
@@ -60,4 +61,5 @@ app.command("plan")(plan.plan)
 app.command("run")(run.run)
 app.command("chat")(run.chat)
 app.command("serve")(serve.serve)
+app.add_typer(data.app, name="data")
 app.add_typer(federate.app, name="federate")

@@ -31,6 +31,7 @@ from mutirao.data.identifiers.search import NOT_REMOVED, Identifier, find_identi
 from mutirao.data.identifiers.surrogates import surrogate, value_hash
 from mutirao.data.quality import QualityFilter
 from mutirao.data.readers.folder import folder_sha256, read_folder
+from mutirao.data.readers.problems import CountedProblems, Problems
 from mutirao.data.records import Record
 from mutirao.data.split import Side, side_of
 from mutirao.errors import ArtifactError, DataError
@@ -89,6 +90,10 @@ class PreparationReport(Config):
     """Injected identifiers per type; None where none were injected."""
     examples_dropped: dict[str, list[str]]
     """A few short excerpts per reason, identifiers already replaced."""
+    problems: dict[str, int] = Field(default_factory=dict)
+    """Files and rows that could not be read, or were mended, per kind."""
+    problem_places: dict[str, list[str]] = Field(default_factory=dict)
+    """Where the first few of each kind are: file, and line or piece."""
     notice: str = NOT_REMOVED
     """What was not removed; to be shown beside the counts."""
 
@@ -101,6 +106,7 @@ def prepare_silo(
     *,
     injected: Path | None = None,
     key: bytes | None = None,
+    problems: Problems | None = None,
 ) -> PreparationReport:
     """Make a silo's folder of raw text into an artifact of kind "data".
 
@@ -113,6 +119,7 @@ def prepare_silo(
         injected: JSONL of ``InjectedIdentifier`` rows, or None.
         key: the site's own, see ``identifiers.surrogates``; None: identifiers cannot be replaced by
             surrogates, and no audit is written.
+        problems: is told what cannot be read; None: the first raises.
 
     Returns:
         The report, as written in the artifact.
@@ -136,10 +143,10 @@ def prepare_silo(
             audit or nullcontext(),
         ):
             files: dict[Side, TextIO] = {"train": train, "heldout": heldout}
-            for record in track(read_folder(folder), f"preparing {name}"):
+            for record in track(read_folder(folder, problems), f"preparing {name}"):
                 for kept, side in preparation.process(record):
                     files[side].write(kept.model_dump_json() + "\n")
-        report = preparation.report()
+        report = preparation.report(problems)
         _check_enough(name, folder, report, config)
         write_atomic(writer.path / REPORT_NAME, report.model_dump_json(indent=2))
         writer.metrics.update(
@@ -234,12 +241,13 @@ class _Preparation:
         self._num_bytes_kept += len(kept.text.encode("utf-8"))
         yield kept, side
 
-    def report(self) -> PreparationReport:
-        """Return the counts so far.
+    def report(self, problems: Problems | None) -> PreparationReport:
+        """Return the counts so far, with what could not be read.
 
         Raises:
             DataError: an injected identifier names a record that was not read.
         """
+        counted = problems if isinstance(problems, CountedProblems) else CountedProblems()
         if self._unseen:
             raise DataError(
                 f"injected identifiers name record {min(self._unseen)!r}, which the silo does "
@@ -256,6 +264,8 @@ class _Preparation:
             identifiers=dict(sorted(self._types.items())),
             injected=None if self._truth is None else dict(sorted(self._injected.items())),
             examples_dropped=dict(sorted(self._excerpts.items())),
+            problems=dict(sorted(counted.counts.items())),
+            problem_places=dict(sorted(counted.places.items())),
         )
 
     def _check_truth(self, record: Record) -> list[InjectedIdentifier]:
