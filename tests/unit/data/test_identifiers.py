@@ -100,6 +100,7 @@ def test_identifier_is_found_whole(text, type_, value):
         "Cohort of 15 000 000 people and 123 456 789 00 counts; 1,234,567.89 dollars.",
         "Lote 12.345.678-0, protocolo 2024.000123-45, CID F32.1, senha: paciente aguarda.",
         "A CRM de 2024 trouxe 12 casos; token of gratitude; key: value; horas 10:20:30:40.",
+        "Veja a Seção 11.7.3.2 e a versão 2.14.3.1 do manual.",
         "CPF 12 cells, SSN channel 3, call 911, card 12.",
     ],
 )

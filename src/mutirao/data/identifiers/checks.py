@@ -15,6 +15,9 @@ from validate_docbr import CNPJ, DocumentBase
 
 Check = Callable[[str], bool]
 
+_SECTION = 40
+"""Below it are the numbers of sections; assumption."""
+
 _SECRET_CHARACTERS = 20
 """From this length, a password may be of lower-case letters only; assumption."""
 
@@ -86,8 +89,9 @@ def is_address(value: str) -> bool:
     except ValueError:
         return False
     if address.version == 4:
-        # Four single digits are far more often the number of a section.
-        return len(value) > len("1.1.1.1")
+        parts = list(address.packed)
+        # Four small numbers are far more often those of a section, except in 10.0.0.0/8.
+        return parts[0] == 10 or not all(0 < part < _SECTION for part in parts)
     return sum(map(bool, value.split(":"))) >= 3
 
 
