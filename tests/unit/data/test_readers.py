@@ -224,6 +224,16 @@ def test_utf16_and_unknown_bytes(tmp_path):
     assert texts(tmp_path) == ["ação", "não há ação sem coração"]
 
 
+def test_a_damaged_place_in_utf8_is_told_and_no_other_encoding_guessed(tmp_path):
+    lines = ["O paciente é idoso.", "Ele não dorme.", "Coração normal."]
+    damaged = [line.encode() for line in lines]
+    damaged[1] = lines[1].encode("latin-1")
+    (tmp_path / "a.txt").write_bytes(b"\n".join(damaged))
+    records, problems = read(tmp_path)
+    assert [record.text for record in records] == [f"{lines[0]}\n{lines[2]}"]
+    assert problems.places == {"invalid UTF-8": ["a.txt:2"]}
+
+
 def test_a_whole_file_that_is_too_large_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(opening, "FILE_BYTES", 100)
     (tmp_path / "a.html").write_text("x" * 101)

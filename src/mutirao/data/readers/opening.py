@@ -2,7 +2,8 @@
 
 Compressed: ``.gz``, ``.bz2``, ``.xz``. Text is UTF-8; a file that is not, and says nothing by a
 byte order mark, is taken as what charset-normalizer finds likeliest of the encodings that English
-and Portuguese were written in. JSON is UTF-8 by its standard (RFC 8259) and is not guessed at.
+and Portuguese were written in, unless as many of its characters are right in UTF-8 as are wrong:
+then those are told. JSON is UTF-8 by its standard (RFC 8259) and is not guessed at.
 """
 
 from __future__ import annotations
@@ -188,7 +189,10 @@ def _detect(source: Source, sample: bytes) -> str:
         codecs.utf_8_decode(sample, "strict", False)
         return "utf_8"
     except UnicodeDecodeError:
-        pass
+        valid = sample.decode("utf_8", "ignore")
+        num_wide = sum(character > "\x7f" for character in valid)
+        if num_wide >= len(sample) - len(valid.encode("utf_8")):
+            return "utf_8"  # with damaged places, which are told
     best = from_bytes(sample, cp_isolation=_ENCODINGS, preemptive_behaviour=False).best()
     if best is None:
         source.tell("unknown encoding", "is text in no encoding that is known; save it as UTF-8")
