@@ -76,9 +76,9 @@ def test_too_little_text_says_how_much_is_needed(tmp_path):
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path):
-    (tmp_path / "text.pdf").write_text("x")
+    (tmp_path / "text.docx").write_text("x")
     with pytest.raises(DataError, match="of another kind"):
-        read_windows(tmp_path / "text.pdf", _Letters(), TextConfig(window_tokens=16))
+        read_windows(tmp_path / "text.docx", _Letters(), TextConfig(window_tokens=16))
 
 
 def test_windows_longer_than_the_model_takes_are_refused(tmp_path):
